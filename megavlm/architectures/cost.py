@@ -366,7 +366,12 @@ def attended_squares(language: LanguageConfig, tokens: float, squared_lengths: f
 
 
 def features_of(model: ModelConfig, pictures: Pictures) -> float:
-    """Return the features of pictures that layers attend to: a tower's ``features``, or its patches."""
+    """Return the features of pictures that layers attend to: a tower's ``features``, or its patches.
+
+    Where others stand among the tokens, so many for each of these patches.
+    """
+    if model.language.feature_width:
+        return pictures.patches * model.vision.features_past[0]
     own = getattr(cost_of(model, "vision"), "features", None)
     return pictures.patches if own is None else float(own(model.vision, pictures))
 
@@ -374,7 +379,7 @@ def features_of(model: ModelConfig, pictures: Pictures) -> float:
 def crossed_work(model: ModelConfig, tokens: float, pictures: Pictures) -> Work:
     """Return the operations of a forward pass through one layer that attends to pictures.
 
-    A language model with ``cross_layers`` has ``cross_work`` in its cost. Every token is taken to see one picture.
+    A language model with ``attending_layers`` has ``cross_work`` in its cost. Every token is taken to see one picture.
     """
     features = features_of(model, pictures)
     pairs = tokens * features / max(pictures.count, 1)

@@ -55,6 +55,9 @@ class PairConfig(ViTConfig):
     low_whole: Annotated[bool, Meaning.USE] = False
     """With low_tiles above 1: the first tower sees the whole picture too, of image_size pixels, and its features stand
     in front of the tiles'; the second's are halved for it, or made smaller by as much as there are tiles."""
+    high_to: Literal["connector", "layers"] = "connector"
+    """Where the second tower's features go: into the connector, beside the first one's of the same place, or past it to
+    the language layers, each of which attends to them (layers: CogAgent; model.language.cross_hidden_size)."""
     frozen_tower: Annotated[Literal["low", "high"] | None, Meaning.RUN] = None
     """Which of the two towers stays as it is while the other is trained: low (the first) or high (the second). Null
     for none; modules.vision.freeze freezes both."""
@@ -100,8 +103,14 @@ class PairConfig(ViTConfig):
 
     @property
     def feature_size(self) -> int:
-        """Width of both side by side."""
-        return sum(self.feature_sizes)
+        """Width of what the connector takes: of both side by side."""
+        low, high = self.feature_sizes
+        return low + (high if self.high_to == "connector" else 0)
+
+    @property
+    def features_past(self) -> tuple[int, int]:
+        """Those of the second tower, if asked for."""
+        return (self.ratio**2, int(self.high.feature_size)) if self.high_to == "layers" else (0, 0)
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -158,6 +167,8 @@ def pair_rules(pair: PairConfig, layout: ParallelConfig, second_rules: Any) -> I
             + (f", in {pair.low_tiles} x {pair.low_tiles} tiles" if pair.low_tiles > 1 else "")
             + "); change one of the two"
         )
+    if pair.high_to == "layers" and pair.low_tiles > 1:
+        yield f"{_OWN}.high_to: layers goes with a first tower that sees the whole picture; set {_OWN}.low_tiles to 1"
     if pair.deepstack_layers:
         yield f"{_OWN}.deepstack_layers: goes with one tower, and {pair.preset} has two; set it to []"
     if pair.class_feature:
@@ -228,7 +239,7 @@ class PairCost:
             for name, cost, own, seen in self._each(pair, pictures)
         )
         # Both towers' features, and what they are side by side.
-        return float(most + 2 * pictures.patches * pair.feature_size * kernels.number_bytes)
+        return float(most + 2 * pictures.patches * sum(pair.feature_sizes) * kernels.number_bytes)
 
     def rebuilt(self, pair: Any, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
         """Return the bytes that the backward pass needs beside what was kept: one tower's at a time."""
@@ -241,7 +252,7 @@ class PairCost:
         products: list[Product] = [one for passage in found for one in passage.products]
         attention: list[Attention] = [one for passage in found for one in passage.attention]
         layers, collectives = sum(one.layers for one in found), sum(one.collectives for one in found)
-        joined = 4 * pictures.patches * pair.feature_size * kernels.number_bytes
+        joined = 4 * pictures.patches * sum(pair.feature_sizes) * kernels.number_bytes
         return Passage(
             products=products,
             attention=attention,

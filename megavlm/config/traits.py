@@ -32,6 +32,11 @@ class VisionTraits:
         own: Any = self
         return int(own.patches_per_image) + self.class_features
 
+    @property
+    def features_past(self) -> tuple[int, int]:
+        """Of each patch: features that go past the connector to language layers which attend to them, their width."""
+        return 0, 0
+
 
 class ConnectorTraits:
     """Of a connector."""
@@ -44,6 +49,11 @@ class ConnectorTraits:
     @property
     def takes_codes(self) -> bool:
         """Whether it takes codes, and not features."""
+        return False
+
+    @property
+    def each_patch(self) -> bool:
+        """Whether each patch becomes a slot of its own, from its own feature; others may stand around them."""
         return False
 
 
@@ -66,6 +76,17 @@ class LanguageTraits:
     def picture_tokens(self) -> tuple[int, int] | None:
         """The first of the tokens that pictures are, and the one behind the last; None where they are features."""
         return None
+
+    @property
+    def attending_layers(self) -> tuple[int, ...]:
+        """Layers, counted from 0, that attend to features of pictures: instead of to text, or beside it."""
+        own: Any = self
+        return tuple(range(own.num_layers)) if self.feature_width else self.cross_layers
+
+    @property
+    def feature_width(self) -> int:
+        """Width of features that each layer attends to beside text, while others stand among the tokens; else 0."""
+        return 0
 
     @property
     def output_rows(self) -> int:

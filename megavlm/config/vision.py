@@ -49,6 +49,8 @@ def _ahead(recipe: Recipe) -> Iterator[str]:
 def _all_ranks(recipe: Recipe) -> Iterator[str]:
     """Yield what does not go with towers on all ranks."""
     key = "parallel.vision_placement: all_ranks"
+    if recipe.model.language.feature_width:
+        yield f"{key} does not go with model.language.cross_hidden_size; set it to first_stage"
     if not recipe.parallel.use_distributed_optimizer:
         yield f"{key} needs parallel.use_distributed_optimizer; set that to true, or this to first_stage"
     if recipe.engine.fp8 is not None:

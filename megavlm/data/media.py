@@ -334,6 +334,27 @@ def plan_of(model: ModelConfig) -> ImagePlan:
     return plan if films is None else dataclasses.replace(plan, films=films)
 
 
+def _features_past(model: ModelConfig, plan: ImagePlan) -> Iterator[str]:
+    """Check that what goes past the connector is what the language model's layers attend to."""
+    (_, width), wanted = model.vision.features_past, model.language.feature_width
+    if width != wanted:
+        yield (
+            f"model.language.cross_hidden_size: layers attend to features of {wanted or 'no'} numbers, and the tower "
+            f"gives them {width or 'none'} (model.vision.high_to layers: of model.vision.high_hidden_size); make both "
+            "the same, or set them to null and connector"
+        )
+    elif width and not model.connector.each_patch:
+        yield (
+            f"model.connector.preset: {model.connector.preset} makes no slot of each patch, as model.vision.high_to"
+            " layers asks for; take glu or mlpNx_gelu, or set that to connector"
+        )
+    elif width and not (plan.joined or (plan.fixed and plan.square)):
+        yield (
+            f"model.image.kind: {model.image.kind} makes several views of a picture, and with model.vision.high_to"
+            " layers it has one; set it to squash_pair"
+        )
+
+
 def image_rules(recipe: Recipe) -> Iterator[str]:
     """Check ``model.image``, and that a picture fits a sequence."""
     try:
@@ -367,8 +388,9 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
         yield (
             f"model.image.kind: {recipe.model.image.kind} makes {_renderings(plan.sides)} of a picture, and the tower "
             f"{vision.preset!r} takes {_renderings(vision.sides)}; set it to "
-            f"{'fit_pair or crop_squash' if len(vision.sides) == 2 else 'squash, pad, fit or crop'}"
+            f"{'fit_pair, crop_squash or squash_pair' if len(vision.sides) == 2 else 'squash, pad, fit or crop'}"
         )
+    yield from _features_past(recipe.model, plan)
     if len(vision.towers) > 1 and plan.films is not None:
         yield (
             f"model.video.kind: the frames of {recipe.model.video.kind} are for one tower, and {vision.preset!r} has"

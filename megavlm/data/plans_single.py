@@ -135,6 +135,18 @@ class CropSquashPlan(PairPlan):
         return self.both(shape, cropped(shape, self.small, self.small), squashed(shape, self.side))
 
 
+@dataclass(frozen=True)
+class SquashPairPlan(PairPlan):
+    """CogAgent: the whole picture, resized to a square for the first of two towers, and to another for the second.
+
+    Each is made of the picture itself.
+    """
+
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return two views, which are one to the model."""
+        return self.both(shape, squashed(shape, self.small), squashed(shape, self.side))
+
+
 def cropped(shape: ImageShape, side: int, short_side: int) -> Canvas:
     """Return the square in the middle of the picture, whose shorter side is resized to ``short_side`` before."""
     short, long = sorted((shape.width, shape.height))
@@ -222,6 +234,17 @@ def _fit_pair(model: ModelConfig) -> ImagePlan:
     return FitPairPlan(large, model.tokens_per_view, model.image.resample, fill, least, small)
 
 
+def _squash_pair(model: ModelConfig) -> ImagePlan:
+    sides = model.vision.sides
+    if len(sides) != 2:
+        raise UserError(
+            f"model.image.kind: squash_pair makes two renderings of a picture, and the tower {model.vision.preset!r} "
+            "takes one; set it to squash"
+        )
+    small, large = sides
+    return SquashPairPlan(large, model.tokens_per_view, model.image.resample, small=small)
+
+
 def _check_least(least: int, side: int, key: str) -> None:
     if least > side:
         raise UserError(
@@ -236,3 +259,4 @@ register_plan("crop", CropPlan, _crop, keys=("short_side", "fill"))
 register_plan("fit", FitPlan, _fit, keys=("fill", "min_side"))
 register_plan("fit_pair", FitPairPlan, _fit_pair, keys=("fill", "min_side"))
 register_plan("crop_squash", CropSquashPlan, _crop_squash)
+register_plan("squash_pair", SquashPairPlan, _squash_pair)

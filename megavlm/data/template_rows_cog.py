@@ -1,4 +1,4 @@
-"""The chat templates of CogVLM, as data; see :mod:`megavlm.data.template_rows`.
+"""The chat templates of CogVLM and CogAgent, as data; see :mod:`megavlm.data.template_rows`.
 
 In its checkpoints' own words: ``_history_to_prompt`` and ``build_conversation_input_ids`` of ``modeling_cogvlm.py``
 beside the weights (a copy with its history: github.com/Niky-san/cogvlm2_surce @ 7982d39e). One picture stands behind
@@ -47,4 +47,15 @@ COGVLM_BASE = replace(
     most_exchanges=1,
     joined=False,
 )
-ROWS = (COGVLM, COGVLM_VQA, COGVLM_BASE)
+# CogAgent's chat: one text, behind whose last space SentencePiece puts another one in front of the answer. Its other
+# versions are the rows above: beside its weights their text begins with "<EOI>", where the authors' trainer
+# (``utils/utils/language.py``) puts the picture; here it is that place too, and no text.
+COGAGENT = replace(
+    COGVLM,
+    name="cogagent",
+    title="CogAgent's chat",
+    user=(" [INST] ", TEXT, " [/INST] "),
+    assistant=trained(TEXT),
+    last_assistant=trained(" ", TEXT, "</s>"),
+)
+ROWS = (COGVLM, COGVLM_VQA, COGVLM_BASE, COGAGENT)

@@ -3,8 +3,7 @@
 Facts are those of ``modeling_cogvlm.py``, ``visual.py``, ``configuration_cogvlm.py`` and ``config.json`` of
 THUDM/cogvlm-chat-hf, cogvlm-base-{224,490}-hf and cogvlm-grounding-generalist-hf. Its ``config.json`` has no
 ``model_type``; its tower ends where its features are taken, with the last but one layer of EVA02-CLIP-E. CogVLM2, whose
-image tokens have a bias on QKV and whose connector begins with a convolution, and CogAgent, which sees each picture a
-second time, are told by their keys and refused.
+image tokens have a bias on QKV and whose connector begins with a convolution, is told by its keys and refused.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from megavlm.families.towers import CLIP_MEAN, CLIP_STD
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
-_CLASS, _AGENT = "CogVLMForCausalLM", "CogAgentForCausalLM"
+_CLASS = "CogVLMForCausalLM"
 _TEMPLATES = {"chat": "cogvlm", "vqa": "cogvlm_vqa", "base": "cogvlm_base"}
 """``template_version``, and what it is here."""
 _BASE, _EPSILON = 10000, 1e-5
@@ -90,28 +89,44 @@ class CogVLMFamily(Family):
     template = "cogvlm"
     image_plan = "squash"
     norms_behind = visual_expert = own_rotary = True  # positions that slots share are of no fused kernel
+    text: ClassVar[TextKind] = COGVLM_TEXT
+    class_name: ClassVar[str] = _CLASS
+    files: ClassVar[str] = "cogvlm"
+    """What its Python files end with."""
+    versions: ClassVar[Mapping[str, str]] = _TEMPLATES
 
     def detect(self, source: Source) -> bool:
         """By the class that ``config.json`` names."""
-        return bool({_CLASS, _AGENT} & {*(source.config.get("architectures") or ())})
+        return self.class_name in (source.config.get("architectures") or ())
 
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         _first_generation(config, where)
-        _both_weights(source)
+        both_weights(source)
         language = COGVLM_TEXT.branch(config, where)
-        version = config.get("template_version") or "chat"
-        expect({"template_version": version}, where, template_version=tuple(_TEMPLATES))
         return {
-            "vision": _tower(need(config, "vision_config", where), where),
-            "connector": {
-                "preset": "glu", "ffn_hidden_size": language["ffn_hidden_size"], "layernorm_epsilon": _EPSILON,
-            },
+            "vision": first_tower(need(config, "vision_config", where), where),
+            "connector": self.connector(language),
             "language": language,
-            "image": {"kind": "squash", "resample": "bicubic"},
-            "template": _TEMPLATES[version],
-        }  # fmt: skip
+            "image": {"kind": self.image_plan, "resample": "bicubic"},
+            "template": self.version(config, where),
+        }
+
+    @staticmethod
+    def connector(language: Tree) -> Tree:
+        """Return ``model.connector`` beside a language model."""
+        return {"preset": "glu", "ffn_hidden_size": language["ffn_hidden_size"], "layernorm_epsilon": _EPSILON}
+
+    def version(self, config: Mapping[str, Any], where: str) -> str:
+        """Return the template that ``template_version`` names.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        version = config.get("template_version") or "chat"
+        expect({"template_version": version}, where, template_version=tuple(self.versions))
+        return self.versions[version]
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
@@ -121,16 +136,16 @@ class CogVLMFamily(Family):
         """Return a configuration in the form of the published ones."""
         vision = model.vision
         return {
-            "architectures": [_CLASS],
+            "architectures": [self.class_name],
             "auto_map": {
-                "AutoConfig": "configuration_cogvlm.CogVLMConfig",
-                "AutoModelForCausalLM": f"modeling_cogvlm.{_CLASS}",
+                "AutoConfig": f"configuration_{self.files}.{self.class_name.removesuffix('ForCausalLM')}Config",
+                "AutoModelForCausalLM": f"modeling_{self.files}.{self.class_name}",
             },
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
             **self.pictures_of(model),
-            **COGVLM_TEXT.write(model.language),
+            **self.text.write(model.language),
             "vision_config": {
                 "dropout_prob": 0.0,
                 "hidden_act": "gelu",
@@ -148,52 +163,55 @@ class CogVLMFamily(Family):
 
     def pictures_of(self, model: ModelConfig) -> Tree:
         """Return the key by which its code writes conversations, which stand behind a picture."""
-        versions = {template: version for version, template in _TEMPLATES.items()}
+        versions = {template: version for version, template in self.versions.items()}
         return {"template_version": versions.get(model.template, "chat")}
 
     def unsaid(self, model: ModelConfig, template: str) -> list[str]:
         """Its code has its templates in a Python file, and takes the one that ``config.json`` names."""
-        if template in _TEMPLATES.values():
+        if template in self.versions.values():
             return []
-        known = ", ".join(_TEMPLATES.values())
-        return [f"model.template: {template} was trained, but CogVLM's own code speaks {known} (template_version)"]
+        known = ", ".join(self.versions.values())
+        title = self.text.title
+        return [f"model.template: {template} was trained, but {title}'s own code speaks {known} (template_version)"]
 
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector, language model and image plan must be CogVLM's kinds."""
-        vision, connector, image = model.vision, model.connector, model.image
-        for key, value in _TOWER.items():
-            there = getattr(vision, key)
-            if (tuple(there) if isinstance(there, list) else there) != value:
-                return f"the tower has {key} {there!r}, CogVLM has {value!r}"
+        vision, connector, image, title = model.vision, model.connector, model.image, self.text.title
+        if (why := self.tower_refused(model)) is not None:
+            return why
         if vision.positional_grid != vision.image_size // vision.patch_size:
             return f"the tower's positional table is {vision.positional_grid} wide, for pictures of another size"
         if connector.ffn_hidden_size != model.language.ffn_hidden_size:
             return (
-                f"the connector's MLP is {connector.ffn_hidden_size} wide (model.connector.ffn_hidden_size), CogVLM has"
-                f" one key for it and the language model's ({model.language.ffn_hidden_size})"
+                f"the connector's MLP is {connector.ffn_hidden_size} wide (model.connector.ffn_hidden_size), {title}"
+                f" has one key for it and the language model's ({model.language.ffn_hidden_size})"
             )
         if connector.layernorm_epsilon != _EPSILON:
-            return f"the connector's norm has the epsilon {connector.layernorm_epsilon}, CogVLM's code {_EPSILON}"
-        if (image.kind, image.resample) != ("squash", "bicubic"):
-            return f"pictures are made by {image.kind} ({image.resample}), those of CogVLM by squash (bicubic)"
-        return COGVLM_TEXT.refuses(model.language)
+            return f"the connector's norm has the epsilon {connector.layernorm_epsilon}, {title}'s code {_EPSILON}"
+        if (image.kind, image.resample) != (self.image_plan, "bicubic"):
+            own = f"{self.image_plan} (bicubic)"
+            return f"pictures are made by {image.kind} ({image.resample}), those of {title} by {own}"
+        return self.text.refuses(model.language)
+
+    def tower_refused(self, model: ModelConfig) -> str | None:
+        """Return why the tower is not of the family's kind, or None."""
+        for key, value in first_tower_keys().items():
+            there = getattr(model.vision, key)
+            if (tuple(there) if isinstance(there, list) else there) != value:
+                return f"the tower has {key} {there!r}, CogVLM has {value!r}"
+        return None
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """The one that ``template_version`` names."""
-        return (_TEMPLATES.get(source.config.get("template_version") or "chat", self.template),)
+        return (self.versions.get(source.config.get("template_version") or "chat", self.template),)
 
 
 def _first_generation(config: Mapping[str, Any], where: str) -> None:
-    """Check that it is neither CogVLM2 nor CogAgent.
+    """Check that it is not CogVLM2.
 
     Raises:
-        UserError: it is one; the message says what it has that is not built here.
+        UserError: it is; the message says what it has that is not built here.
     """
-    if _AGENT in config["architectures"]:
-        raise UserError(
-            f"{where}: architectures names {_AGENT}; CogAgent's layers attend to a second tower's view of each picture"
-            f" (cross_hidden_size), which is not built here; {_CLASS} is"
-        )
     for key in ("num_multi_query_heads", "ffn_hidden_size"):
         if config.get(key) is not None:
             raise UserError(
@@ -202,7 +220,7 @@ def _first_generation(config: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _both_weights(source: Source) -> None:
+def both_weights(source: Source) -> None:
     """Check that no layer has weights for image tokens and lacks those for text, nor the other way round.
 
     Raises:
@@ -221,7 +239,12 @@ def _both_weights(source: Source) -> None:
                 )
 
 
-def _tower(visual: Mapping[str, Any], where: str) -> Tree:
+def first_tower_keys() -> Tree:
+    """Return what EVA02-CLIP-E has one value for."""
+    return dict(_TOWER)
+
+
+def first_tower(visual: Mapping[str, Any], where: str) -> Tree:
     """Return ``model.vision`` of ``vision_config``.
 
     Raises:

@@ -92,6 +92,9 @@ class Family(ABC):
     visual_expert: ClassVar[bool] = False
     """Whether image tokens may have weights of their own, and a position that they share: :meth:`refuses` then says
     which language models have."""
+    features_beside: ClassVar[bool] = False
+    """Whether its layers may attend to a second tower's features beside text, and tables be added to those of towers:
+    :meth:`refuses` then says how."""
     own_epsilon: ClassVar[bool] = False
     """Whether the norm behind its tower may have an epsilon of its own: :meth:`refuses` then says which."""
     preprocesses: ClassVar[bool] = False
@@ -195,6 +198,8 @@ class Family(ABC):
             )
         if not model.language.one_weight and not self.visual_expert:
             return "image tokens have weights of their own (model.language.visual_expert), which the family has not"
+        if model.language.feature_width and not self.features_beside:
+            return "layers attend to features beside text (model.language.cross_hidden_size), which the family has not"
         if model.language.shared_positions and not self.visual_expert:
             return "a picture's slots share a position (model.language.image_positions), which the family has not"
         if self.own_rotary or model.language.fused_rotary:
@@ -220,6 +225,8 @@ class Family(ABC):
             return (
                 "norms stand behind the tower's attention and MLP (model.vision.branch_norms), which the family has not"
             )
+        if getattr(model.vision, "feature_table", False) and not self.features_beside:
+            return "a table is added to the tower's features (model.vision.feature_table), which the family has not"
         if getattr(model.vision, "post_layernorm_epsilon", None) is not None and not self.own_epsilon:
             return "the norm behind the tower has an epsilon of its own (model.vision.post_layernorm_epsilon)"
         return None
@@ -398,7 +405,10 @@ class Family(ABC):
 
 def layers(table: Table, model: ModelConfig) -> int:
     """Return the number of layers of a table's part."""
-    return int(getattr(model, table.part).num_layers) if table.layer else 0
+    own = getattr(model, table.part)
+    if table.ours.startswith("high.transformer."):  # the second one of two towers
+        own = own.high
+    return int(own.num_layers) if table.layer else 0
 
 
 def config_file(source: Source) -> str:

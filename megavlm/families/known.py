@@ -45,6 +45,7 @@ _OURS = (
     "megavlm.families.deepseek_vl_hybrid:DeepseekVLHybridFamily",
     "megavlm.families.cogvlm:CogVLMFamily",
     "megavlm.families.chameleon:ChameleonFamily",
+    "megavlm.families.cogagent:CogAgentFamily",
     "megavlm.families.idefics3:Idefics3Family",
     "megavlm.families.idefics3:SmolVLMFamily",
     "megavlm.families.tinyllava:TinyLlavaFamily",

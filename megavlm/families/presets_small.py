@@ -59,6 +59,8 @@ _COGVLM = {
     "chat": (490, "cogvlm"),
     "grounding_generalist": (490, "cogvlm_base"),
 }
+# THUDM/cogagent-{chat,vqa}-hf: the template ("Which --version to use", README.md of THUDM/CogVLM @ f7283b2c).
+_COGAGENT = {"chat": "cogagent", "vqa": "cogvlm"}
 
 # Vision-CAIR/MiniGPT-4's checkpoints (README.md @ d94738a7). Vicuna v0 is LLaMA 1: Llama 2's shape, another epsilon.
 _LLAMA_1 = {"norm_epsilon": 1e-6, "max_position_embeddings": 2048}
@@ -142,7 +144,7 @@ def register() -> None:
 
 
 def _register_of_the_blip_line() -> None:
-    """Register MiniGPT-4, MiniGPT-v2, CogVLM and Chameleon."""
+    """Register MiniGPT-4, MiniGPT-v2, CogVLM, CogAgent and Chameleon."""
     # facebook/chameleon-7b and -30b: tokens 4 to 8195 are those of pictures.
     for size in ("7b", "34b"):
         MODELS.register(
@@ -152,6 +154,15 @@ def _register_of_the_blip_line() -> None:
             language={"preset": f"chameleon_{size}", "image_tokens": (4, 8196)},
             image={"kind": "crop", "resample": "lanczos"},
             template="chameleon",
+        )
+    for name, template in _COGAGENT.items():
+        MODELS.register(
+            f"cogagent_{name}",
+            vision={"preset": "cogagent_eva02_pair", "high_to": "layers"},
+            connector={"preset": "glu"},
+            language={"preset": "cogagent_7b"},
+            image={"kind": "squash_pair"},
+            template=template,
         )
     for name, (side, template) in _COGVLM.items():
         MODELS.register(

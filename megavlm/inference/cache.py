@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megavlm.inference.quick import quick_layers
 from megavlm.layers.cross import PictureLayer, attend, last_sights
+from megavlm.layers.cross_beside import FeatureLayer
 from megavlm.layers.segments import to_device
 from megavlm.models.build import unwrap
 from megavlm.parallel.engine import without_fp8
@@ -271,7 +272,7 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     """
     models = [unwrap(chunk).language for chunk in chunks]
     layers = [layer for model in models for layer in model.decoder.layers]
-    crossed = [layer.cross_attention for layer in layers if isinstance(layer, PictureLayer)]
+    crossed = [layer.cross_attention for layer in layers if isinstance(layer, PictureLayer | FeatureLayer)]
     attentions = [layer.self_attention for layer in layers if not isinstance(layer, PictureLayer)]
     cores = [attention.core_attention for attention in attentions]
     hooks = []

@@ -61,6 +61,12 @@ def picture_rows(packed: PackedSeqParams) -> list[int]:
     return rows
 
 
+def tell_sights(packed: PackedSeqParams, seen: Sequence[Sight], rows: Sequence[int]) -> None:
+    """Say who sees which pictures, where that does not follow from spans of kind ``cross``, and their rows."""
+    tell_pictures(packed, rows)
+    two_way_plans(packed)[_SIGHTS] = list(seen)
+
+
 def sights(packed: PackedSeqParams) -> list[Sight]:
     """Return who sees which pictures, ascending; positions in between see none.
 
@@ -119,6 +125,17 @@ def seen_positions(packed: PackedSeqParams, length: int, device: torch.device) -
     return found
 
 
+class CrossHeads(NamedTuple):
+    """Shape of :class:`PictureAttention`, where it is not the language model's."""
+
+    number: int
+    """Query heads, and as many of keys and values."""
+    width: int
+    """Of one."""
+    features: int
+    """Width of a feature."""
+
+
 @dataclass
 class CrossSubmodules:
     """The parts of :class:`PictureAttention`."""
@@ -157,24 +174,29 @@ class PictureAttention(MegatronModule):
         config: of the language model.
         submodules: its parts.
         layer_number: of its layer.
+        shape: of its heads and features; None for self-attention's heads, and features of the model's width.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: CrossSubmodules, layer_number: int, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: CrossSubmodules, layer_number: int,
+        shape: CrossHeads | None = None, **_: Any,
+    ) -> None:  # fmt: skip
         super().__init__(config=config)
-        width, tensor = config.kv_channels, mpu.get_tensor_model_parallel_world_size()
-        assert width is not None and config.num_query_groups is not None
-        assert config.num_query_groups % tensor == 0, "each rank needs whole key/value heads"
-        self.width, self.groups = width, config.num_query_groups // tensor
+        heads, groups, width, features = config.num_attention_heads, config.num_query_groups, config.kv_channels, None
+        if shape is not None:
+            heads, groups, width, features = shape.number, shape.number, shape.width, shape.features
+        tensor = mpu.get_tensor_model_parallel_world_size()
+        assert width is not None and groups is not None
+        assert groups % tensor == 0, "each rank needs whole key/value heads"
+        self.width, self.groups = width, groups // tensor
         common = {"config": config, "bias": False, "is_expert": False, "tp_comm_buffer_name": None}
         column = {**common, "init_method": config.init_method, "gather_output": False, "skip_bias_add": False}
-        self.linear_q = build_module(
-            submodules.linear_q, config.hidden_size, config.num_attention_heads * width, **column
-        )
+        self.linear_q = build_module(submodules.linear_q, config.hidden_size, heads * width, **column)
         self.linear_kv = build_module(
-            submodules.linear_kv, config.hidden_size, 2 * config.num_query_groups * width, **column
+            submodules.linear_kv, features or config.hidden_size, 2 * groups * width, **column
         )
         self.linear_proj = build_module(
-            submodules.linear_proj, config.num_attention_heads * width, config.hidden_size, **common,
+            submodules.linear_proj, heads * width, config.hidden_size, **common,
             init_method=config.output_layer_init_method, input_is_parallel=True, skip_bias_add=True,
         )  # fmt: skip
         norm = {"config": config, "hidden_size": width, "eps": config.layernorm_epsilon}
@@ -214,6 +236,8 @@ class PictureAttention(MegatronModule):
         if self.core_attention.takes_kernel(query_SND):
             return self._one_call(query_SND, key_FGD, value_FGD, packed)
         rows = picture_rows(packed)
+        if all(one.last <= two.first for one, two in pairwise(seen)):  # nobody sees what others see: no copies
+            rows, seen = _seen_together(rows, seen)
         sizes = [*rows, key_FGD.size(0) - sum(rows)]
         # Split, and not sliced: a slice's gradient is as long as the whole, and there are several of them.
         keys, values = key_FGD.split(sizes), value_FGD.split(sizes)
@@ -246,6 +270,17 @@ class PictureAttention(MegatronModule):
             query_SND[rows], key_FGD[columns], value_FGD[columns], cuts_q, cuts_k, longest, most, (-1, -1)
         )
         return (query_SND * 0.0).index_copy(0, rows, found)
+
+
+def _seen_together(rows: Sequence[int], seen: Sequence[Sight]) -> tuple[list[int], list[Sight]]:
+    """Return pictures that are seen together as one, for sights of which none sees another's."""
+    found, told, at = list[int](), list[Sight](), 0
+    for one in seen:
+        found += rows[at : one.first]
+        told.append(one._replace(first=len(found), last=len(found) + 1))
+        found.append(sum(rows[one.first : one.last]))
+        at = one.last
+    return [*found, *rows[at:]], told
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
-from megavlm.layers.cross import CrossSubmodules, PictureAttention, PictureLayer
+from megavlm.layers.cross import CrossHeads, CrossSubmodules, PictureAttention, PictureLayer
+from megavlm.layers.cross_beside import FeatureAttention, FeatureLayer
 from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.experts import experts_mlp
 from megavlm.layers.head_norm import HeadNormSelfAttention
@@ -81,6 +82,9 @@ class LayerKind:
     """What the context holds is added behind it (``layers/deepstack.py``)."""
     visual_expert: bool = False
     """Its linear layers have weights of their own for image tokens (``layers/visual_expert.py``)."""
+    features: tuple[int, int, int] | None = None
+    """Behind self-attention it attends to features: heads, width of one, width of a feature
+    (``layers/cross_beside.py``)."""
     experts: bool = False
     """Its MLP is a mixture of experts."""
     head_layernorm: bool = False
@@ -114,11 +118,10 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
-    mask = _MASKS[kind.mixer]
     linears = _two_kinds_linears(linears) if kind.visual_expert else linears
     core_attention: Any = TorchAttention
     norm: Any = TorchNorm
-    attention_params: dict[str, Any] = {"attn_mask_type": mask}
+    attention_params: dict[str, Any] = {"attn_mask_type": _MASKS[kind.mixer]}
     chosen = dict(linears or {})
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
@@ -180,6 +183,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
             },
         ),
     )
+    _with_features(layer, norm, kind)
     if kind.experts:
         _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=chosen)
     return Modules(core_attention, norm, layer)
@@ -222,6 +226,16 @@ def cross_modules(*, transformer_engine: bool, linears: Mapping[str, Any] | None
     return Modules(TorchAttention, norm, layer)
 
 
+def _with_features(layer: ModuleSpec, norm: Any, kind: LayerKind) -> None:
+    """Put attention to features behind a layer's self-attention, with a norm in front, if it is of that kind."""
+    if kind.features is None:
+        return
+    shape = CrossHeads(*kind.features)
+    parts = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, IdentityOp, IdentityOp)
+    layer.submodules.pre_cross_attn_layernorm, layer.submodules.cross_attn_bda = norm, get_bias_dropout_add
+    layer.submodules.cross_attention = ModuleSpec(module=FeatureAttention, params={"shape": shape}, submodules=parts)
+
+
 def _with_experts(
     layer: ModuleSpec, norm: Any, *, transformer_engine: bool, linears: Mapping[str, Any] | None = None
 ) -> None:
@@ -239,7 +253,8 @@ def _layer_class(kind: LayerKind) -> type[TransformerLayer]:
     if kind.parallel:
         return ParallelTransformerLayer
     if kind.visual_expert:
-        return VisualExpertLayer
+        return VisualExpertLayer if kind.features is None else FeatureLayer
+    assert kind.features is None, "attention to features is built into a visual expert's layer"
     return DeepstackLayer if kind.deepstack else TransformerLayer
 
 

@@ -2,8 +2,9 @@
 
 A :class:`Fusion` makes of embeddings and features what the decoder takes in, and extras for its layers.
 In a :class:`Splice` features stand in place of the embeddings of image slots; a :class:`Deepstack` does that, and has
-others added behind the first layers; with :class:`Cross` layers attend to them, and none stands among the tokens. With
-:class:`Codes` there are no features: pictures are tokens themselves.
+others added behind the first layers; with :class:`Cross` layers attend to them, and none stands among the tokens; a
+:class:`SpliceBeside` has some among the tokens, and others that layers attend to. With :class:`Codes` there are no
+features: pictures are tokens themselves.
 Which feature goes where is told by the image plan
 (``megavlm.data.media.Arrangement``), on the host.
 
@@ -38,7 +39,8 @@ What is neither :data:`BESIDE` the stream nor :data:`FEATURES` reaches the layer
 """
 
 FEATURES = "features"
-"""Of the extras, [F, 1, E] that layers attend to: they travel too, and sequence parallelism cuts them as they are."""
+"""Of the extras, [F, 1, E], or of a width of their own, that layers attend to: they travel too, and sequence
+parallelism cuts them as they are."""
 
 
 class Fusion(Protocol):
@@ -90,6 +92,8 @@ def build_fusion(model: ModelConfig, connector: nn.Module, context: BuildContext
         return Codes(model.language.picture_tokens[0], image_token_id)
     if model.language.cross_layers:
         return Cross(connector, image_token_id)
+    if model.language.feature_width:
+        return SpliceBeside(connector, image_token_id, model)
     if model.vision.deepstack:
         return Deepstack(connector, image_token_id)
     if plan_of(model).newline:
@@ -211,6 +215,43 @@ class Codes:
     ) -> tuple[Tensor, Extras]:
         """Return the embeddings, among which those of pictures are."""
         return embeddings_S1E, None
+
+
+class SpliceBeside(Splice):
+    """A splice of what the connector made; layers attend to what the tower gave past it (CogAgent).
+
+    Features are wider than E here: behind those of a picture's slots stand the others (``megavlm.models.levels``), in
+    as many rows as the tower's first view has patches; rows behind these are empty.
+
+    Args:
+        connector: the connector.
+        image_token_id: the token of an image slot.
+        model: which says how many there are.
+    """
+
+    def __init__(self, connector: nn.Module, image_token_id: int, model: ModelConfig) -> None:
+        super().__init__(connector, image_token_id)
+        self._slots, self._patches = model.tokens_per_view, model.vision.patches_per_image
+        self._width = model.language.feature_width
+
+    def fuse(
+        self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool
+    ) -> tuple[Tensor, Extras]:
+        """Put features where ``tokens`` holds the image token, and hand the others over.
+
+        In training there is always one, as layers learn by it, if from nothing.
+        """
+        width = embeddings_S1E.size(-1)
+        fused_S1E, _ = super().fuse(
+            embeddings_S1E, features_TE if stand_in or features_TE is None else features_TE[:, :width], tokens,
+            stand_in=stand_in,
+        )  # fmt: skip
+        if stand_in or features_TE is None:
+            if not torch.is_grad_enabled():
+                return fused_S1E, None
+            return fused_S1E, {FEATURES: embeddings_S1E.new_zeros(1, 1, self._width)}
+        beside_NQX = features_TE[:, width:].to(embeddings_S1E.dtype).unflatten(0, (-1, self._slots))
+        return fused_S1E, {FEATURES: beside_NQX[:, : self._patches].reshape(-1, 1, self._width)}
 
 
 def add_newline(connector: nn.Module, hidden_size: int, dtype: torch.dtype, *, initialize: bool) -> None:

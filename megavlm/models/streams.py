@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor
@@ -75,30 +76,50 @@ class PictureStream:
 
     Args:
         taken: whether layers of the chunk attend to them.
-        rows: that go over every boundary, with sequence parallelism this rank's (:func:`megavlm.parallel.pipeline.run`
-            says it).
+        rows: of the stream's width E that go over every boundary, with sequence parallelism this rank's
+            (:func:`megavlm.parallel.pipeline.run` says it).
+        width: of a feature, C, where it is another than the stream's; features go over boundaries one behind the other
+            then, cut into rows of E.
     """
 
     taken: bool
     rows: int = 0
     carried: int = 0
+    width: int | None = None
 
     @staticmethod
-    def of_chunk(cross_layers: Sequence[int], first_layer: int, layers: int) -> PictureStream:
+    def of_chunk(cross_layers: Sequence[int], first_layer: int, layers: int, width: int | None = None) -> PictureStream:
         """Return that of a chunk, whose first layer is counted from 0."""
-        return PictureStream(any(first_layer <= one < first_layer + layers for one in cross_layers))
+        return PictureStream(any(first_layer <= one < first_layer + layers for one in cross_layers), width=width)
+
+    def rows_for(self, features: int, embed: int) -> int:
+        """Return the rows of a stream of width ``embed`` that so many features take."""
+        return features if self.width is None else -(-features * self.width // embed)
 
     def split(self, received: Tensor, own: int) -> tuple[Tensor, Tensor | None]:
-        """Return the residual stream [S, 1, E], and ``own`` rows of features; None for a micro-batch without."""
+        """Return the residual stream [S, 1, E], and ``own`` features [F, 1, C]; None for a micro-batch without."""
         length = received.size(0) - self.rows
-        return received[:length], received[length : length + own] if own else None
+        if not own:
+            return received[:length], None
+        if self.width is None:
+            return received[:length], received[length : length + own]
+        flat = received[length : length + self.rows_for(own, received.size(-1))].flatten()
+        return received[:length], flat[: own * self.width].view(own, 1, self.width)
 
-    def join(self, hidden_S1E: Tensor, features_F1E: Tensor | None) -> Tensor:
+    def join(self, hidden_S1E: Tensor, features_F1C: Tensor | None) -> Tensor:
         """Return what goes to the next chunk."""
-        parts = [hidden_S1E] if features_F1E is None else [hidden_S1E, features_F1E]
+        parts = [hidden_S1E]
+        if features_F1C is not None:
+            parts.append(features_F1C if self.width is None else _in_rows(features_F1C, hidden_S1E.size(-1)))
         if missing := hidden_S1E.size(0) + self.rows - sum(map(len, parts)):
             parts.append(hidden_S1E.new_zeros(missing, *hidden_S1E.shape[1:]))
         return torch.cat(parts) if len(parts) > 1 else hidden_S1E
+
+
+def _in_rows(features_F1C: Tensor, embed: int) -> Tensor:
+    """Return the numbers of features in rows [R, 1, E], zeros behind the last."""
+    flat = features_F1C.flatten()
+    return F.pad(flat, (0, -flat.size(0) % embed)).view(-1, 1, embed)
 
 
 def one_after_the_other(beside_S1R: Tensor, width: int, *, sequence_parallel: bool) -> Tensor:

@@ -26,6 +26,7 @@ from megavlm.config.schema import ModelConfig
 from megavlm.data.positions import positions_of
 from megavlm.data.spans import spans_of
 from megavlm.layers.cross import tell_pictures
+from megavlm.layers.cross_beside import slots_of_samples, tell_samples
 from megavlm.layers.segments import context_split
 from megavlm.models.front import build_front, encode, encode_shared, replicated
 from megavlm.models.fusion import BESIDE, FEATURES, Extras, Fusion, build_fusion
@@ -91,18 +92,34 @@ class VisionLanguageModel(MegatronModule):
         """Whether layers attend to pictures, of any chunk."""
         return isinstance(self.streams, PictureStream)
 
-    def rows_beside(self, image_grid: Tensor | None, *, learns: bool) -> int:
-        """Return the rows of features that a micro-batch's layers attend to, with sequence parallelism this rank's.
+    def rows_beside(self, packed: PackedSeqParams, image_grid: Tensor | None, *, learns: bool) -> int:
+        """Return the rows that go over boundaries with a micro-batch, with sequence parallelism this rank's.
 
         Args:
-            image_grid: of its pictures.
-            learns: whether it is trained on: there is a row then, if only of zeros.
+            packed: its pack.
+            image_grid: of its pictures, where they have sizes of their own.
+            learns: whether it is trained on: there is a row of features then, if only of zeros.
         """
+        if not isinstance(self.streams, PictureStream):
+            return 0
+        return self.streams.rows_for(self._features_beside(packed, image_grid, learns=learns), self.config.hidden_size)
+
+    def _features_beside(self, packed: PackedSeqParams, image_grid: Tensor | None, *, learns: bool) -> int:
+        """Return the features that a micro-batch's layers attend to, with sequence parallelism this rank's."""
         if not self.crosses:
             return 0
-        rows = max(0 if image_grid is None else sum(self._rows_of_pictures(image_grid)), int(learns))
+        if self.settings.language.feature_width:
+            pictures = sum(slots_of_samples(packed)) // self.settings.tokens_per_view
+            rows = pictures * self._rows_a_picture
+        else:
+            rows = 0 if image_grid is None else sum(self._rows_of_pictures(image_grid))
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return -(-rows // ranks)
+        return -(-max(rows, int(learns)) // ranks)
+
+    @property
+    def _rows_a_picture(self) -> int:
+        """Features of one picture that layers attend to while others stand among the tokens."""
+        return self.settings.vision.patches_per_image * self.settings.vision.features_past[0]
 
     def _rows_of_pictures(self, image_grid: Tensor) -> list[int]:
         return [self.settings.vision.rows_of(one) for one in image_grid.tolist()]
@@ -154,7 +171,9 @@ class VisionLanguageModel(MegatronModule):
             activations (S / TP with sequence parallelism), and behind them what travels beside (``streams.py``).
         """
         decoder_input, beside, extras = None, None, None
-        if self.crosses and image_grid is not None:
+        if self.settings.language.feature_width:
+            tell_samples(packed_seq_params, self.settings.tokens_per_view, self._rows_a_picture)
+        elif self.crosses and image_grid is not None:
             tell_pictures(packed_seq_params, self._rows_of_pictures(image_grid))
         if view_features is not None and self.fusion is not None:
             image_features = self.arranged(view_features, image_index, image_weight)
@@ -165,7 +184,8 @@ class VisionLanguageModel(MegatronModule):
             )  # fmt: skip
         elif self._received is not None:
             hidden, beside = self.streams.split(
-                self._received, self.rows_beside(image_grid, learns=torch.is_grad_enabled())
+                self._received,
+                self._features_beside(packed_seq_params, image_grid, learns=torch.is_grad_enabled()),
             )
             self.language.set_input_tensor(hidden)
         self._received = None
@@ -303,13 +323,13 @@ class VisionLanguageModel(MegatronModule):
 
 def _streams(language: Any, model: ModelConfig, vp_stage: int | None) -> Streams | PictureStream:
     """Return what goes beside the residual stream of a chunk."""
-    levels, crossed = model.vision.deepstack, model.language.cross_layers
+    levels, crossed, width = model.vision.deepstack, model.language.attending_layers, model.language.feature_width
     if not levels and not crossed:
         return Streams(0, 0, 0)
     config = language.config
     first = get_transformer_layer_offset(config, vp_stage)
     if crossed:
-        return PictureStream.of_chunk(crossed, first, len(language.decoder.layers))
+        return PictureStream.of_chunk(crossed, first, len(language.decoder.layers), width or None)
     whole = get_num_layers_to_build(config, None if vp_stage is None else 0, 0)
     return Streams.of_chunk(levels, first, len(language.decoder.layers), whole)
 

@@ -97,7 +97,8 @@ def common_length(length: int) -> int:
     of other replicas, and what is gathered must be equally much from each (Megatron-Core's ``allgather`` dispatcher).
     With kernels it is ``alltoall``, which asks for no such thing.
     """
-    if has_kernels() or mpu.get_expert_model_parallel_world_size() == 1 or mpu.get_expert_tensor_parallel_world_size() == 1:
+    sizes = mpu.get_expert_model_parallel_world_size(), mpu.get_expert_tensor_parallel_world_size()
+    if has_kernels() or 1 in sizes:
         return length
     longest = torch.tensor([length], device=local_device())
     dist.all_reduce(longest, dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())

@@ -91,8 +91,8 @@ def _tell_rows(chunks: Sequence[Any], requests: Sequence[Any], *, learns: bool) 
     models = [bare for chunk in chunks if getattr(bare := _bare(chunk), "crosses", False)]
     if not models:
         return 0
-    grids = [getattr(request, "batch", request).image_grid for request in requests]
-    rows = max(models[0].rows_beside(grid, learns=learns) for grid in grids)
+    batches = [getattr(request, "batch", request) for request in requests]
+    rows = max(models[0].rows_beside(one.packed_seq_params, one.image_grid, learns=learns) for one in batches)
     for model in models:
         model.streams.rows = rows
     config = models[0].config

@@ -86,8 +86,8 @@ def language_kept(
         features = features_of(recipe.model, seen_by_layers(recipe.model, images, layout.context))
         shared = features / layout.tensor if layout.sequence_parallel else features
         # As they came, or went into the first layers: what those that attend to them keep of them.
-        beside += int(shared * language.hidden_size * kernels.number_bytes)
-        if chunk.crossed:
+        beside += int(shared * (language.feature_width or language.hidden_size) * kernels.number_bytes)
+        if chunk.attending:
             crossed = cost.cross_kept(language, layout, tokens, features, kernels, learns=learns)
             if adapted:
                 crossed += cost.cross_adapters_kept(language, recipe.lora, layout, tokens, features, kernels)
@@ -101,8 +101,9 @@ def language_kept(
         layers -= chunk.layers * cost.attention_kept(language, layout, tokens, kernels, learns=learns)
     if adapted:
         layers += sum(n * cost.adapters_kept(kind, recipe.lora, layout, tokens, kernels) for kind, n in kinds)
-    # Of those that attend to pictures, what they keep instead.
-    layers += chunk.crossed * (crossed - cost.layer_kept(language, layout, tokens, kernels, learns=learns))
+    # Of those that attend to pictures, what they keep instead, or beside.
+    layers += chunk.attending * crossed
+    layers -= chunk.crossed * cost.layer_kept(language, layout, tokens, kernels, learns=learns)
     return layers + beside
 
 

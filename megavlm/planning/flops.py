@@ -32,9 +32,9 @@ def cross_flops(model: ModelConfig, tokens: float, images: float | Pictures) -> 
     Raises:
         NoCostError: an architecture has no cost.
     """
-    if not model.language.cross_layers:
+    if not model.language.attending_layers:
         return 0
-    return len(model.language.cross_layers) * crossed_work(model, tokens, pictures_of(model, images)).total
+    return len(model.language.attending_layers) * crossed_work(model, tokens, pictures_of(model, images)).total
 
 
 def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) -> int:

@@ -29,7 +29,9 @@ class Chunk:
     begin: int = 0
     """Number of its first language layer."""
     crossed: int = 0
-    """Of the layers, those that attend to pictures."""
+    """Of the layers, those that attend to pictures instead of to text."""
+    attending: int = 0
+    """Of the layers, those that attend to pictures, instead of to text or beside it."""
     features_go_on: bool = False
     """Whether layers of it, or of later chunks, attend to pictures."""
 
@@ -135,6 +137,7 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks, apart = stage_layers(recipe), parallel.vision_placement == "all_ranks"
     data, crossing = gpus // (tp * pp * parallel.context_parallel_size), recipe.model.language.cross_layers
+    attending = recipe.model.language.attending_layers
     return Layout(
         tensor=tp,
         pipeline=pp,
@@ -151,7 +154,8 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
                 apart,
                 begin=sum(chunks[:index]),
                 crossed=sum(sum(chunks[:index]) <= one < sum(chunks[: index + 1]) for one in crossing),
-                features_go_on=any(one >= sum(chunks[:index]) for one in crossing),
+                attending=sum(sum(chunks[:index]) <= one < sum(chunks[: index + 1]) for one in attending),
+                features_go_on=any(one >= sum(chunks[:index]) for one in attending),
             )
             for index, layers in enumerate(chunks)
         ),

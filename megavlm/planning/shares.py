@@ -53,7 +53,11 @@ def _most(number: float, ranks: int) -> float:
 def gathered_features(model: ModelConfig, layout: Layout, views: float) -> float:
     """Return the numbers of features of ``views`` that the ranks gather behind a part that is replicated."""
     if is_replicated(model, "connector", layout.tensor):
-        return views * model.tokens_per_view * model.language.hidden_size
+        return views * model.tokens_per_view * (model.language.hidden_size + math.prod(model.vision.features_past))
     if is_replicated(model, "vision", layout.tensor):
-        return views * model.vision.features_per_image * model.vision.feature_size
+        return (
+            views
+            * model.vision.features_per_image
+            * (model.vision.feature_size + math.prod(model.vision.features_past))
+        )
     return 0

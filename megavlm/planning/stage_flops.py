@@ -57,7 +57,7 @@ def chunk_flops(
     )
     squares = attended_squares(language, tokens, squared_lengths)
     attention = cost.layer_work(language, tokens, squares).attention
-    if chunk.crossed:
+    if chunk.attending:
         crossing = crossed_work(model, tokens, seen_by_layers(model, images, layout.context))
     images = images if chunk.encodes else 0.0
     tower_ranks, seen = share(model, "vision", layout, images)
@@ -65,8 +65,8 @@ def chunk_flops(
     connector_ranks, seen = share(model, "connector", layout, images)
     connector = cost_of(model, "connector").work(model, seen)
     return ChunkFlops(
-        layers=(layers + chunk.crossed * crossing.products) / tp,
-        attention=((chunk.layers - chunk.crossed) * attention + chunk.crossed * crossing.attention) / tp,
+        layers=(layers + chunk.attending * crossing.products) / tp,
+        attention=((chunk.layers - chunk.crossed) * attention + chunk.attending * crossing.attention) / tp,
         output=output / tp * int(chunk.last),
         tower=tower.products / tower_ranks + tower.whole,
         tower_attention=tower.attention / tower_ranks,

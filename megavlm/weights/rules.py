@@ -31,9 +31,14 @@ class Heads:
     """Width of one head."""
 
     @staticmethod
-    def of(part: str, model: ModelConfig) -> Heads:
-        """Return the heads of a part of the model; zeros for one that has no such projection."""
+    def of(part: str, model: ModelConfig, name: str = "") -> Heads:
+        """Return the heads of a part of the model; zeros for one that has no such projection.
+
+        Of a pair of towers ``name``, a parameter's, tells which.
+        """
         own = getattr(model, part)
+        if name.startswith(f"{part}.high.transformer."):
+            own = own.high
         count = getattr(own, "num_attention_heads", None)
         if count is None:
             return Heads(0, 0, 0)
@@ -116,6 +121,11 @@ HEAD_ROWS = Reshape(
     lambda x, heads: [x[0].unflatten(0, (-1, heads.dim))],
 )
 KEY_VALUE = Reshape("k, v to [k, v] per group", _pair, _unpair)
+KEY_VALUE_BLOCKS = Reshape(
+    "[K; V] to [k, v] per head",
+    lambda x, heads: _pair(x[0].chunk(2), replace(heads, groups=heads.heads)),
+    lambda x, heads: [_joined(_unpair(x, replace(heads, groups=heads.heads)))],
+)
 ONE_AXIS = Reshape("[1, ..] to [..]", lambda x, _: [x[0].squeeze(0)], lambda x, _: [x[0].unsqueeze(0)])
 POINTWISE = Reshape(
     "[out, in, 1, 1] to [out, in]", lambda x, _: [x[0][..., 0, 0]], lambda x, _: [x[0][..., None, None]]

@@ -48,6 +48,9 @@ TOWERS = {
     "vit_convnext": SMALL["vision"]
     | {f"high_{key}": value for key, value in _CONVNEXT.items()}
     | {"high_feature_stages": [2, 3]},
+    "vit_vit": SMALL["vision"]
+    | {f"high_{key}": value for key, value in SMALL["vision"].items()}
+    | {"high_image_size": 64, "high_positional_grid": 4},
 }
 """Sizes of towers that have other keys than a ViT, by architecture."""
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
@@ -56,7 +59,9 @@ OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
 """Connectors of two towers, by the architecture of the pair."""
 ELSEWHERE = ("tiled_vit", "vq_gan", "codes")
 """A picture is one token here, and layers attend to it: tests/models/test_cross.py, tests/families/test_mllama.py. Or
-it is codes, of a tower that is never trained: tests/families/test_chameleon.py."""
+it is codes, of a tower that is never trained: tests/families/test_chameleon.py.
+
+Layers that attend to a second tower's features beside text: tests/models/test_cross_beside.py, their family's row."""
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, TP2, PP2),
@@ -86,7 +91,7 @@ def names(kind: str) -> list[str]:
     for name in found.names():
         if "<N>" not in name and found.find(name).architecture.name in ELSEWHERE:
             continue
-        if kind == "language" and "cross_attention_layers" in found.find(name).values:
+        if kind == "language" and {"cross_attention_layers", "cross_hidden_size"} & {*found.find(name).values}:
             continue
         wanted += [name.replace("<N>", count) for count in (("2", "3") if "<N>" in name else ("",))]
     first: dict[Any, str] = {}

@@ -17,7 +17,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.data.decoders import make_decoder
 from megavlm.data.media import plan_of
-from megavlm.data.plans_single import CropSquashPlan, FitPairPlan
+from megavlm.data.plans_single import CropSquashPlan, FitPairPlan, SquashPairPlan
 from megavlm.data.seen import said
 from megavlm.families.presets import expand_presets
 
@@ -91,6 +91,21 @@ def test_renderings_of_vary_that_do_not_go_together(words: list[str], line: str)
     with pytest.raises(UserError) as error:
         check_recipe(load_recipe("vary_toy/sft", words, expand_presets))
     assert line in str(error.value), error.value
+
+
+@pytest.mark.family("cogagent")
+def test_each_of_cogagents_squares_is_made_of_the_picture_itself() -> None:
+    """As torchvision's Resize makes it of a picture of PIL (``build_conversation_input_ids``): bicubic, bit for bit."""
+    plan = SquashPairPlan(LARGE, 18, small=SMALL)
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    for size in ((40, 30), (200, 31), (17, 300)):
+        picture = noise.resize(size)
+        sides = [picture.resize((side, side), Image.Resampling.BICUBIC) for side in (SMALL, LARGE)]
+        wanted = np.concatenate([np.array(one).transpose(2, 0, 1).ravel() for one in sides])
+        found = make_decoder("pil").decode([encode_image(picture, "PNG")], plan)
+        assert not found.failed and np.array_equal(found.pixels[0].numpy(), wanted), size
+    layout = plan.plan(40, 30)
+    assert (plan.views_of(layout), layout.tokens, plan.sides) == (1, 18, (SMALL, LARGE))
 
 
 @pytest.mark.family("deepseek_vl_hybrid")

@@ -85,7 +85,9 @@ def test_twenty_conversations_as_published(name: str) -> None:
             "minigpt_v2",
         )
         else 6
-        if "plain" in name or name in ("paligemma", "hpt_llama_3") or name.startswith(("cogvlm", "chameleon"))
+        if "plain" in name
+        or name in ("paligemma", "hpt_llama_3")
+        or name.startswith(("cogvlm", "cogagent", "chameleon"))
         else 19
         if name == "glm4_5v"
         else 20

@@ -28,6 +28,7 @@ from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 
 IMAGE, VOCAB, SIDE, PATCH, LAYERS = 119, 120, 28, 7, 4
+_VECTORS = ("boi", "eoi", "pos_embed", "cls_token")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -107,8 +108,30 @@ class Eyes(nn.Module):
         return torch.cat([self.boi.expand(len(x), -1, -1), x, self.eoi.expand(len(x), -1, -1)], dim=1)
 
 
+def common_settings(embed: int, ffn: int, layers: int, version: str) -> dict[str, Any]:
+    """Return the keys of config.json that both generations of the code have."""
+    return {
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": embed,
+        "initializer_range": 0.02, "intermediate_size": ffn, "max_position_embeddings": 2048,
+        "num_attention_heads": 4, "num_hidden_layers": layers, "pad_token_id": 0, "rms_norm_eps": 1e-6,
+        "template_version": version, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.35.0", "use_cache": True, "vocab_size": VOCAB,
+    }  # fmt: skip
+
+
+def eyes_settings(width: int, heads: int, inner: int) -> dict[str, Any]:
+    """Return ``vision_config``."""
+    return {
+        "dropout_prob": 0.0, "hidden_act": "gelu", "hidden_size": width, "image_size": SIDE, "in_channels": 3,
+        "intermediate_size": inner, "layer_norm_eps": 1e-6, "num_heads": heads, "num_hidden_layers": 3,
+        "num_positions": (SIDE // PATCH) ** 2 + 1, "patch_size": PATCH,
+    }  # fmt: skip
+
+
 class CogVLM(nn.Module):
     """``CogVLMForCausalLM``, for one sample at a time."""
+
+    files: tuple[str, ...] = ("modeling_cogvlm.py", "visual.py", "configuration_cogvlm.py")
 
     def __init__(self, *, heads: int = 4, inner: int = 96, width: int = 48, version: str = "chat") -> None:
         super().__init__()
@@ -116,35 +139,30 @@ class CogVLM(nn.Module):
         text = CogLanguage(VOCAB, embed, layers, 4, ffn)
         self.model, self.lm_head = text.model, text.lm_head
         self.model.vision = Eyes(width, 3, heads, inner, embed, ffn)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if "norm" in name:
-                    parameter.copy_(noise * 0.1 + float("weight" in name))
-                elif parameter.dim() < 2 or "embedding" in name or name.endswith(("boi", "eoi")):
-                    parameter.copy_(noise * 0.5)
-                else:
-                    parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        self.fill()
         self.settings = {
             "_name_or_path": "cogvlm-chat-v1.1", "architectures": ["CogVLMForCausalLM"],
             "auto_map": {
                 "AutoConfig": "configuration_cogvlm.CogVLMConfig",
                 "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
             },
-            "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": embed,
-            "initializer_range": 0.02, "intermediate_size": ffn, "max_position_embeddings": 2048,
-            "num_attention_heads": 4, "num_hidden_layers": layers, "pad_token_id": 0, "rms_norm_eps": 1e-6,
-            "template_version": version, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-            "transformers_version": "4.35.0", "use_cache": True,
-            "vision_config": {
-                "dropout_prob": 0.0, "hidden_act": "gelu", "hidden_size": width, "image_size": SIDE, "in_channels": 3,
-                "intermediate_size": inner, "layer_norm_eps": 1e-6, "num_heads": heads, "num_hidden_layers": 3,
-                "num_positions": (SIDE // PATCH) ** 2 + 1, "patch_size": PATCH,
-            },
-            "vocab_size": VOCAB,
+            **common_settings(embed, ffn, layers, version),
+            "vision_config": eyes_settings(width, heads, inner),
         }  # fmt: skip
         self.config = SimpleNamespace(model_type="cogvlm", tie_word_embeddings=False)
+
+    def fill(self) -> None:
+        """Give it random weights."""
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if "norm" in name:
+                    parameter.copy_(noise * 0.1 + float("weight" in name))
+                elif parameter.dim() < 2 or "embedding" in name or name.endswith(_VECTORS):
+                    parameter.copy_(noise * 0.5)
+                else:
+                    parameter.copy_(noise * parameter[0].numel() ** -0.5)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, slots: int = 0) -> Tensor:
         """Return [S, V]; the first ``slots`` tokens of a picture are pictures, those of an answer are words."""
@@ -165,7 +183,7 @@ class CogVLM(nn.Module):
         """Write it with the keys and names of the hub."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(self.settings, indent=2))
-        for name in ("modeling_cogvlm.py", "visual.py", "configuration_cogvlm.py"):
+        for name in self.files:
             (directory / name).write_text("raise SystemExit('remote code must not run')\n")
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})

@@ -6,7 +6,7 @@ from typing import Any
 
 from blip2_models import blip2_rows
 from chameleon_rows import chameleon_rows
-from cogvlm_rows import cogvlm_rows
+from cogvlm_rows import cogagent_row, cogvlm_rows
 from minigemini_rows import minigemini_rows
 from minigpt_models import minigpt_rows
 from vary_rows import vary_rows
@@ -22,4 +22,5 @@ def fused_rows(header: Any, targets: Any, planned: Any) -> dict[str, WholeFamily
         **cogvlm_rows(header, planned),
         **vary_rows(header, planned),
         **chameleon_rows(targets, planned),
+        **cogagent_row(header, planned),
     }

@@ -26,7 +26,7 @@ SHORT = ("llava", "bunny", "tinyllava", "minicpm_v_2", "gemma3", "hpt")
 FIRST = {family: case for case, family in reversed(CASES.items())}
 """A checkpoint of each family."""
 NAMES_OF_PARTS = ("model_type", "mm_projector_type", "connector_type", "mm_vision_tower", "image_projector_type")
-NAMELESS = ("minicpm_v", "minicpm_v_2", "qwen_vl", "cogvlm", "vary")
+NAMELESS = ("minicpm_v", "minicpm_v_2", "qwen_vl", "cogvlm", "cogagent", "vary")
 """Families whose config.json names no part: their code has one of each."""
 OTHER = "no_such_part"
 

@@ -98,7 +98,6 @@ def test_an_expert_without_the_language_model_is_told_with_both_names(
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"architectures": ["CogAgentForCausalLM"]}, "CogAgent's layers attend to a second tower's view"),
         ({"num_multi_query_heads": 2}, "num_multi_query_heads is a key of CogVLM2"),
         ({"num_positions": 26}, "num_positions is 26, but pictures of 28 pixels have 4 x 4 patches of 7"),
         ({"template_version": "chat_old"}, "template_version is 'chat_old'; only 'chat' or 'vqa' or 'base'"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from blip2_models import BLIP2
 from chameleon_models import CHAMELEON
+from cogagent_models import COGAGENT
 from cogvlm_models import COGVLM
 from deepseek_models import DEEPSEEK
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
@@ -58,6 +59,7 @@ OTHERS = (
     | MINICPM_V
     | COGVLM
     | CHAMELEON
+    | COGAGENT
     | TOWERS
     | BLIP2
     | MINIGPT

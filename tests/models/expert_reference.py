@@ -2,7 +2,8 @@
 
 Written from the published definition (arXiv 2311.03079, and ``modeling_cogvlm.py`` of THUDM's checkpoints on the hub:
 ``get_expert_mask``, ``build_position_ids``, ``VisionExpertAttention``, ``VisionExpertMLP``), one sample at a time, with
-the published names of the parameters. Nothing here is megavlm's.
+the published names of the parameters. And CogAgent's (arXiv 2312.08914; ``modeling_cogagent.py`` beside the weights of
+THUDM/cogagent-chat-hf: ``CrossAttention``, ``CogAgentDecoderLayer``). Nothing here is megavlm's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Cross = tuple[int, int] | None
 
 
 def token_types(tokens_L: Tensor, image_token: int) -> Tensor:
@@ -98,37 +101,63 @@ class ExpertAttention(nn.Module):
         return self._by_kind("dense", mixed.transpose(0, 1).flatten(1), mask)
 
 
-class Layer(nn.Module):
-    def __init__(self, size: int, heads: int, ffn: int) -> None:
+class CrossAttention(nn.Module):
+    """CogAgent's: every token looks at all features, without positions and without a bias."""
+
+    def __init__(self, size: int, heads: int, features: int, width: int) -> None:
         super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(size, width, bias=False)
+        self.key_value = nn.Linear(features, 2 * width, bias=False)
+        self.dense = nn.Linear(width, size, bias=False)
+
+    def forward(self, x: Tensor, features_FC: Tensor) -> Tensor:
+        parts = self.query(x), *self.key_value(features_FC).chunk(2, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(0, 1) for part in parts)
+        scores = query @ key.transpose(1, 2) / query.size(-1) ** 0.5
+        return self.dense((scores.softmax(-1) @ value).transpose(0, 1).flatten(1))
+
+
+class Layer(nn.Module):
+    """With ``cross``, width of features and of attention to them, CogAgent's (``CogAgentDecoderLayer``)."""
+
+    def __init__(self, size: int, heads: int, ffn: int, cross: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        if cross is not None:
+            self.cross_attn = CrossAttention(size, heads, *cross)
+            self.post_cross_attention_layernorm = Norm(size)
         self.self_attn, self.mlp = ExpertAttention(size, heads), ExpertMLP(size, ffn)
         self.input_layernorm, self.post_attention_layernorm = Norm(size), Norm(size)
 
-    def forward(self, x: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, at: Tensor, beside_FC: Tensor | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), mask, at)
+        if beside_FC is not None:
+            x = x + self.cross_attn(self.post_cross_attention_layernorm(x), beside_FC)
         return x + self.mlp(self.post_attention_layernorm(x), mask)
 
 
 class Inner(nn.Module):
-    def __init__(self, vocabulary: int, size: int, layers: int, heads: int, ffn: int) -> None:
+    def __init__(self, vocabulary: int, size: int, layers: int, heads: int, ffn: int, cross: Cross = None) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocabulary, size)
-        self.layers = nn.ModuleList(Layer(size, heads, ffn) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(size, heads, ffn, cross) for _ in range(layers))
         self.norm = Norm(size)
 
 
 class CogLanguage(nn.Module):
     """[L] tokens of one sample, with the features of its image tokens, to [L, V] logits."""
 
-    def __init__(self, vocabulary: int, size: int, layers: int, heads: int, ffn: int) -> None:
+    def __init__(self, vocabulary: int, size: int, layers: int, heads: int, ffn: int, cross: Cross = None) -> None:
         super().__init__()
-        self.model = Inner(vocabulary, size, layers, heads, ffn)
+        self.model = Inner(vocabulary, size, layers, heads, ffn, cross)
         self.lm_head = nn.Linear(size, vocabulary, bias=False)
 
-    def forward(self, tokens_L: Tensor, features_TE: Tensor, image_token: int) -> Tensor:
+    def forward(
+        self, tokens_L: Tensor, features_TE: Tensor, image_token: int, beside_FC: Tensor | None = None
+    ) -> Tensor:
         types = token_types(tokens_L, image_token)
         mask, at = expert_mask(types), positions(types)
         x = self.model.embed_tokens(tokens_L).masked_scatter(types.bool()[:, None], features_TE)
         for layer in self.model.layers:
-            x = layer(x, mask, at)
+            x = layer(x, mask, at, beside_FC)
         return self.lm_head(self.model.norm(x))

@@ -38,12 +38,33 @@ STD = {"init_method_std": 0.15}
 QWEN3 = {"preset": "qwen3", "rotary_sections": (3, 3, 2), "rotary_sections_interleaved": True}
 COG = {"preset": "llama", "num_query_groups": 4, "visual_expert": True, "image_positions": "shared"}
 """Weights for image tokens, and positions that they share."""
+AGENT: dict[str, Any] = {
+    "levels": (),
+    "language": {**COG, "cross_hidden_size": 24, "cross_compute_hidden_size": 32},
+    "front": {
+        "vision": {
+            "preset": "eva02_pair", "image_size": 16, "patch_size": 8, "hidden_size": 48, "num_layers": 2,
+            "num_attention_heads": 4, "ffn_hidden_size": 96, "positional_grid": 2, "high_image_size": 32,
+            "high_patch_size": 8, "high_hidden_size": 24, "high_num_layers": 1, "high_num_attention_heads": 2,
+            "high_ffn_hidden_size": 48, "high_positional_grid": 4, "high_to": "layers", **STD,
+            "high_init_method_std": 0.15,
+        },
+        "connector": {"preset": "glu", "ffn_hidden_size": 96, **STD},
+        "image": {"kind": "squash_pair"},
+    },
+}  # fmt: skip
+"""The same, and attention to the features of a second tower, which are narrower than the stream."""
 GLM = {"preset": "glm4", "rotary_sections": (1, 2, 1)}
 """Half of each head turned, in neighbouring pairs; four norms a layer."""
 
 
-def recipe(levels: tuple[int, ...] = (1, 2, 0), language: dict[str, Any] = QWEN3, **parallel: Any) -> Recipe:
-    """Return a model of 4 language layers whose first ones take the outputs of the tower's layers ``levels``."""
+def recipe(
+    levels: tuple[int, ...] = (1, 2, 0), language: dict[str, Any] = QWEN3, front: Any = None, **parallel: Any
+) -> Recipe:
+    """Return a model of 4 language layers whose first ones take the outputs of the tower's layers ``levels``.
+
+    ``front`` is what else stands in front of them.
+    """
     model = {
         "preset": "tiny",
         "vision": {"image_size": 32, "hidden_size": 48, "num_layers": 3, "ffn_hidden_size": 96, **STD}
@@ -52,7 +73,7 @@ def recipe(levels: tuple[int, ...] = (1, 2, 0), language: dict[str, Any] = QWEN3
         "language": {"hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 4, "vocab_size": 512, **STD}
         | {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "max_position_embeddings": 2048}
         | language,
-    }
+    } | (front or {})
     data = {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": LENGTH}
     return tiny_recipe(model=model, data=data, parallel=parallel)
 

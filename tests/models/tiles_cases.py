@@ -62,8 +62,8 @@ def picture_samples(plan: ImagePlan, seed: int, sizes: Sequence[tuple[int, int]]
         parts += [np.full(layout.tokens, IMAGE_TOKEN), rng.integers(0, IMAGE_TOKEN, 5)]
     tokens = np.concatenate(parts).astype(np.int64)
     labels = np.where((tokens == IMAGE_TOKEN) | (rng.random(len(tokens)) < 0.3), IGNORE_INDEX, tokens)
-    views = sum(len(layout.views) for layout in layouts)
-    pixels = rng.integers(0, 256, (views, 3, plan.side, plan.side), dtype=np.uint8)
+    views = sum(plan.pixels_of(layout)[0] for layout in layouts)
+    pixels = rng.integers(0, 256, (views, *plan.row), dtype=np.uint8)
     sample = PackableSample(
         EncodedSample(tokens, labels, len(sizes)), (b"",) * len(sizes), f"s/{seed}", 0,
         shapes=tuple(layout.shape for layout in layouts), views=views,

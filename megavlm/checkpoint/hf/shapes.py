@@ -53,7 +53,7 @@ def make_rules(
     rules = []
     for part, row in family.rules(model, style, slots, family.parts if parts is None else parts):
         own = tuple(slots[name] for name in row.ours)
-        heads = Heads.of(part, model)
+        heads = Heads.of(part, model, row.ours[0])
         theirs = row.reshape.to_theirs([torch.empty(slot.shape, device="meta") for slot in own], heads)
         rules.append(Rule(part, row, own, heads, tuple(tuple(t.shape) for t in theirs)))
     return rules

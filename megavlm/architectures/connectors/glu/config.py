@@ -29,6 +29,11 @@ class GLUConfig(ConnectorConfig):
     """Standard deviation of the initial weights; the two vectors start at 0."""
 
     @property
+    def each_patch(self) -> bool:
+        """It does."""
+        return True
+
+    @property
     def spatial(self) -> bool:
         """Not with the two that are no patches."""
         return False

@@ -41,6 +41,11 @@ class MLPConfig(ConnectorConfig):
         return int(match[1][:4]) if match else 1  # more digits are too many layers anyway
 
     @property
+    def each_patch(self) -> bool:
+        """Not where one of them is missing."""
+        return not self.drop_first_feature
+
+    @property
     def spatial(self) -> bool:
         """Not where one of them is missing."""
         return not self.drop_first_feature

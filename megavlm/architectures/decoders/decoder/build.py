@@ -140,6 +140,7 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
         visual_expert=language.visual_expert,
         head_layernorm=language.head_layernorm,
         behind=not language.pre_layernorms,
+        features=_features(language),
     )
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
@@ -148,6 +149,16 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     for number in language.cross_attention_layers:
         plan[number] = LayerKind("cross")
     return tuple(plan)
+
+
+def _features(language: DecoderConfig) -> tuple[int, int, int] | None:
+    """Return heads, their width and that of features, of attention beside text."""
+    features, width, heads = (
+        language.cross_hidden_size,
+        language.cross_compute_hidden_size,
+        language.num_attention_heads,
+    )
+    return None if features is None or width is None else (heads, width // heads, features)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:

@@ -83,6 +83,12 @@ class DecoderConfig(ExpertsConfig):
     visual_expert: bool = False
     """Whether each linear layer of attention and MLP has a second weight, for the slots of pictures (CogVLM); the last
     slot of a picture takes that of text."""
+    cross_hidden_size: int | None = Field(default=None, gt=0, le=1_000_000)
+    """With visual_expert: width of the features of a finer view of each picture, to which every layer attends behind
+    self-attention while those of the first view stand among the tokens (CogAgent; a pair of towers makes both:
+    model.vision.high_to layers). Null for none."""
+    cross_compute_hidden_size: int | None = Field(default=None, gt=0, le=1_000_000)
+    """With cross_hidden_size: width of that attention, of all its num_attention_heads heads (CogAgent: 1024)."""
     image_positions: Literal["counted", "shared"] = "counted"
     """Whether each slot of a picture has its own position, or all but the first and the last share one (CogVLM)."""
     lm_head_bias: bool = False
@@ -165,6 +171,11 @@ class DecoderConfig(ExpertsConfig):
     def cross_layers(self) -> tuple[int, ...]:
         """As the key says."""
         return self.cross_attention_layers
+
+    @property
+    def feature_width(self) -> int:
+        """As the key says."""
+        return self.cross_hidden_size or 0
 
     @property
     def output_rows(self) -> int:
@@ -352,8 +363,14 @@ def _visual_expert(language: DecoderConfig) -> Iterator[str]:
             yield f"{key}: is for an MLP with a gate; set {_OWN}.gated_linear_unit to true, or this to false"
         if language.attention_mask != "causal":
             yield f"{key}: goes with {_OWN}.attention_mask causal; set that, or this to false"
+        yield from _features_beside(language)
         if language.cross_attention_layers:
             yield f"{key}: is for features among the tokens; set {_OWN}.cross_attention_layers to [], or this to false"
+    elif language.cross_hidden_size is not None or language.cross_compute_hidden_size is not None:
+        yield (
+            f"{_OWN}.cross_hidden_size: attention to features beside text is built into layers with {key}; set that to"
+            f" true, or this and {_OWN}.cross_compute_hidden_size to null"
+        )
     if language.shared_positions:
         plain = {
             "rotary_sections": (),
@@ -366,6 +383,20 @@ def _visual_expert(language: DecoderConfig) -> Iterator[str]:
                 yield f"{_OWN}.image_positions: shared goes without {_OWN}.{name}; set one of them back"
         if language.use_logn_attn:
             yield f"{_OWN}.image_positions: shared goes without {_OWN}.use_logn_attn; set one of them back"
+
+
+def _features_beside(language: DecoderConfig) -> Iterator[str]:
+    """Check attention to features beside text."""
+    width, heads = language.cross_compute_hidden_size, language.num_attention_heads
+    if (width is None) != (language.cross_hidden_size is None):
+        yield (f"{_OWN}.cross_compute_hidden_size: goes with {_OWN}.cross_hidden_size; set both, or both to null")
+    elif width is not None:
+        yield from divides(f"{_OWN}.cross_compute_hidden_size", width, heads, f"{_OWN}.num_attention_heads")
+        if language.residual_multiplier != 1 or language.post_layernorms or language.normalization != "RMSNorm":
+            yield (
+                f"{_OWN}.cross_hidden_size: goes with RMSNorm, without {_OWN}.residual_multiplier and"
+                f" {_OWN}.post_layernorms; set it to null, or these back"
+            )
 
 
 def _rotary(language: DecoderConfig) -> Iterator[str]:

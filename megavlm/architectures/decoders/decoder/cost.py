@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megavlm.architectures.cost import FinalParameter, Kernels, LayerPassage, LayerPassing, Shards, Work
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
+from megavlm.architectures.decoders.decoder.cross_cost import beside_parameters
 from megavlm.architectures.decoders.decoder.cross_cost import cross_adapter_parameters as cross_adapter_parameters
 from megavlm.architectures.decoders.decoder.cross_cost import cross_adapter_work as cross_adapter_work
 from megavlm.architectures.decoders.decoder.cross_cost import cross_adapters_kept as cross_adapters_kept
@@ -112,7 +113,7 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     shapes += [hidden, inner, hidden] * int(language.add_bias_linear)
     shapes += [inner * hidden, ffn * hidden]
     expert = [hidden * qkv, queries // tensor * hidden, inner * hidden, ffn * hidden]
-    return shapes + expert * int(language.visual_expert)
+    return shapes + expert * int(language.visual_expert) + beside_parameters(language, tensor)
 
 
 @with_all_keys

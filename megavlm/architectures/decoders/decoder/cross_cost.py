@@ -15,6 +15,14 @@ def _widths(language: DecoderConfig, tensor: int) -> tuple[int, int, int]:
     return heads * width, groups * width, language.ffn_hidden_size // tensor
 
 
+def beside_parameters(language: DecoderConfig, tensor: int) -> list[int]:
+    """Return what a layer has for attention to features beside text (``layers/cross_beside.py``), on one rank."""
+    if not language.feature_width:
+        return []
+    hidden, width = language.hidden_size, (language.cross_compute_hidden_size or 0) // tensor
+    return [hidden, hidden * width, 2 * language.feature_width * width, width * hidden]
+
+
 def cross_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     """Return the elements of each parameter of one such layer on one rank."""
     hidden, (queries, keys, ffn) = language.hidden_size, _widths(language, tensor)
@@ -23,7 +31,7 @@ def cross_parameters(language: DecoderConfig, tensor: int) -> list[int]:
 
 
 def cross_work(language: DecoderConfig, tokens: float, features: float, pairs: float) -> Work:
-    """Return the operations of a forward pass through one such layer.
+    """Return the operations of a forward pass through one such layer; beside text, of that attention alone.
 
     Args:
         language: the model.
@@ -32,6 +40,10 @@ def cross_work(language: DecoderConfig, tokens: float, features: float, pairs: f
         pairs: of tokens and features that they see.
     """
     hidden, (queries, keys, ffn) = language.hidden_size, _widths(language, 1)
+    if language.feature_width:
+        width = language.cross_compute_hidden_size or 0
+        made = 4 * tokens * hidden * width + 4 * features * language.feature_width * width
+        return Work(products=made, attention=4 * width * pairs)
     products = 2 * tokens * hidden * (2 * queries + 3 * ffn) + 2 * features * hidden * 2 * keys
     return Work(products=products, attention=4 * queries * pairs)
 
@@ -39,7 +51,12 @@ def cross_work(language: DecoderConfig, tokens: float, features: float, pairs: f
 def cross_kept(
     language: DecoderConfig, shards: Shards, tokens: int, features: float, kernels: Kernels, *, learns: bool
 ) -> int:
-    """Return the bytes that one such layer keeps without recomputation, beside the features themselves."""
+    """Return the bytes that one such layer keeps without recomputation, beside the features themselves.
+
+    Beside text, those of that attention alone.
+    """
+    if language.feature_width:
+        return _beside_kept(language, shards, tokens, features, kernels, learns=learns)
     b, (queries, keys, ffn) = kernels.number_bytes, _widths(language, shards.tensor)
     stream = (tokens // shards.tensor if shards.sequence_parallel else tokens) * language.hidden_size
     # Two norms of the stream: their input (in fp32 where plain), and what their weight multiplies; so of the heads'.
@@ -99,3 +116,16 @@ def cross_adapters_kept(
     kept = sum(read[name] for name in set(names))
     kept += sum(rows.get(name, tokens // ranks) * lora.rank * b for name in names)
     return int(kept + names.count("linear_kv") * keys * lora.rank * b)  # the rows of each part's B, side by side
+
+
+def _beside_kept(
+    language: DecoderConfig, shards: Shards, tokens: int, features: float, kernels: Kernels, *, learns: bool
+) -> int:
+    """Return the bytes that attention to features beside text keeps."""
+    b, width = kernels.number_bytes, (language.cross_compute_hidden_size or 0) // shards.tensor
+    stream = (tokens // shards.tensor if shards.sequence_parallel else tokens) * language.hidden_size
+    kept = float(stream * (b if kernels.fused else 4 + b * int(learns)))  # its norm
+    kept += (stream + tokens * width) * b * int(learns)  # inputs of the linear layers
+    kept += (tokens * width + 2 * features * width) * b  # queries, keys and values that meet
+    kept += tokens * width * b + tokens * (language.num_attention_heads // shards.tensor) * 4
+    return int(kept)

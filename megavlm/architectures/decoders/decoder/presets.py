@@ -22,6 +22,7 @@ class DecoderSize(NamedTuple):
 _QWEN: dict[str, Any] = {"layer_names": "qwen"}
 _QWEN_LONG = {"seq_length": 2048, "use_dynamic_ntk": True, "use_logn_attn": True}
 _LLAMA: dict[str, Any] = {"norm_epsilon": 1e-5, "add_qkv_bias": False}
+_COGAGENT = {"cross_hidden_size": 1024, "cross_compute_hidden_size": 1024}
 _QWEN2: dict[str, Any] = {"rotary_base": 1000000, "add_qkv_bias": True}
 _QWEN3: dict[str, Any] = {"rotary_base": 1000000, "add_qkv_bias": False, "qk_layernorm": True}
 # Whether the head is the embedding.
@@ -112,6 +113,11 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     "chameleon_34b": (
         DecoderSize(48, 8192, 22016, 64, 8, 128, 65536, 4096),
         {**_LLAMA, "head_layernorm": True, "pre_layernorms": False, "post_layernorms": True},
+    ),
+    # The language half of CogAgent: CogVLM's, whose layers attend to a second tower's features too.
+    "cogagent_7b": (
+        DecoderSize(32, 4096, 11008, 32, 32, 128, 32000, 2048),
+        {**_LLAMA, "visual_expert": True, "image_positions": "shared", **_COGAGENT},
     ),
     # Mistral-7B-Instruct-v0.2, which has no window.
     "mistral_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {"rotary_base": 1000000, **_LLAMA}),

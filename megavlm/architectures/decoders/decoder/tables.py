@@ -11,6 +11,7 @@ from megavlm.weights.rules import (
     CONCAT,
     HEAD_ROWS,
     KEY_VALUE,
+    KEY_VALUE_BLOCKS,
     QKV,
     QKV_BLOCKS,
     STACKED,
@@ -96,6 +97,18 @@ COGVLM_LANGUAGE = dataclasses.replace(
     ),
 )
 """CogVLM: Llama's, with weights for the tokens of text and of images."""
+
+COGAGENT_LANGUAGE = dataclasses.replace(
+    COGVLM_LANGUAGE,
+    layer=(
+        *COGVLM_LANGUAGE.layer,
+        row("pre_cross_attn_layernorm.weight", "post_cross_attention_layernorm.weight"),
+        row("cross_attention.linear_q.weight", "cross_attn.query.weight"),
+        row("cross_attention.linear_kv.weight", "cross_attn.key_value.weight", KEY_VALUE_BLOCKS),
+        row("cross_attention.linear_proj.weight", "cross_attn.dense.weight"),
+    ),
+)
+"""CogAgent: CogVLM's, and attention to the features of a second tower."""
 
 GEMMA3_LANGUAGE = dataclasses.replace(
     LLAMA_LANGUAGE,

@@ -141,8 +141,12 @@ class VisionTransformer(MegatronModule):
         self.feature_layers = vision.feature_layers
         if vision.deepstack_layers:
             self.feature_layers = (vision.num_layers, *(number + 1 for number in vision.deepstack_layers))
+        self.feature_embedding: Any = None
+        if vision.feature_table:
+            self.feature_embedding = torch.nn.Parameter(torch.empty(vision.positional_grid**2, width, dtype=dtype))
+        tables = self.positional_embedding, self.class_embedding, self.register_embedding, self.feature_embedding
         if context.initialize:
-            for parameter in (self.positional_embedding, self.class_embedding, self.register_embedding):
+            for parameter in tables:
                 if parameter is not None:
                     torch.nn.init.normal_(parameter, std=vision.init_method_std)
 
@@ -171,7 +175,9 @@ class VisionTransformer(MegatronModule):
         x_TNW = self._layers(x_TNW.contiguous())
         left_out = self.settings.tokens - self.settings.class_features
         x_PNW = x_TNW[left_out:] if left_out else x_TNW
-        return x_PNW if self.ln_post is None else self.ln_post(x_PNW)
+        if self.ln_post is not None:
+            x_PNW = self.ln_post(x_PNW)
+        return x_PNW if self.feature_embedding is None else x_PNW + self.feature_embedding.unsqueeze(1)
 
     def _layers(self, x_TNW: Tensor) -> Tensor:
         """Return [T, N, W] of the last layer, or [T, N, L * W] of the layers that are taken."""

@@ -94,6 +94,9 @@ class ViTConfig(VisionConfig):
     deepstack_layers: tuple[int, ...] = ()
     """Layers, counted from 0, whose outputs are added to the images' positions behind the first language layers, in
     this order, each through a connector of its own (Qwen3-VL; Hugging Face: deepstack_visual_indexes)."""
+    feature_table: bool = False
+    """Whether a learned vector of each patch's place is added to its feature, behind the layers (CogAgent's pos_embed);
+    positional_grid is then the side of that table too, and that of the patches."""
     image_mean: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is CLIP's."""
     image_std: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.26862954, 0.26130258, 0.27577711)
@@ -158,6 +161,7 @@ def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
             f" ({_OWN}.patch_size {vision.patch_size}); raise it"
         )
     yield from _scales(vision)
+    yield from _feature_table(vision)
     heads = vision.num_attention_heads
     yield from divides(f"{_OWN}.hidden_size", vision.hidden_size, heads, f"{_OWN}.num_attention_heads")
     yield from divides(f"{_OWN}.num_attention_heads", heads, tp, TP)
@@ -215,6 +219,24 @@ def _layers(vision: ViTConfig) -> Iterator[str]:
         yield (
             f"{_OWN}.activation: {vision.activation} goes {'without' if vision.gated_mlp else 'with'}"
             f" {_OWN}.gated_mlp; silu has a gate here and the others have none: change one of the two"
+        )
+
+
+def _feature_table(vision: ViTConfig) -> Iterator[str]:
+    """Yield what is wrong with a table that is added to features."""
+    if not vision.feature_table:
+        return
+    side = vision.grid[0]
+    if vision.positional_grid != side:
+        yield (
+            f"{_OWN}.feature_table: has a row for each patch, and pictures have {side} x {side}, where"
+            f" {_OWN}.positional_grid is {vision.positional_grid}; set that to {side}, or feature_table to false"
+        )
+    if vision.feature_layers is not None or vision.s2_scales is not None or vision.class_feature or vision.deepstack:
+        yield (
+            f"{_OWN}.feature_table: goes with the features of the last layer's patches alone; set"
+            f" {_OWN}.feature_layers, {_OWN}.s2_scales to null, {_OWN}.class_feature to false and"
+            f" {_OWN}.deepstack_layers to [], or feature_table to false"
         )
 
 

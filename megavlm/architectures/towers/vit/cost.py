@@ -28,6 +28,7 @@ def parameters(vision: ViTConfig, tensor: int) -> list[Parameter]:
     shapes = [3 * vision.patch_size**2 * width, (vision.positional_grid**2 + int(vision.class_token)) * width]
     shapes += [width] * int(vision.conv_bias) + [width] * int(vision.class_token)
     shapes += [vision.register_tokens * width] * int(vision.register_tokens > 0)
+    shapes += [vision.positional_grid**2 * width] * int(vision.feature_table)
     norm = [width] if vision.normalization == "RMSNorm" else [width, width]
     shapes += norm * (int(vision.pre_layernorm) + int(vision.post_layernorm))
     layer = norm * 2 + [width] * (2 * int(vision.layer_scale))
