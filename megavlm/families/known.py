@@ -73,6 +73,7 @@ _OURS = (
     "megavlm.families.experts:MixtralFamily",
     "megavlm.families.internlm2:InternLM2Family",
     "megavlm.families.minicpm:MiniCPMFamily",
+    "megavlm.families.mamba:MambaFamily",
     "megavlm.families.vit:ClipFamily",
     "megavlm.families.vit:SiglipFamily",
     "megavlm.families.siglip2:Siglip2Family",

@@ -31,6 +31,8 @@ from transformers import (  # noqa: E402
     Glm4ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -163,6 +165,12 @@ def glm4_moe() -> Any:
     return model
 
 
+def mamba() -> Any:
+    """Mamba: no attention and no MLP; a rank of the step sizes that two do not divide."""
+    keys = {"hidden_size": 64, "num_hidden_layers": 4, "state_size": 8, "time_step_rank": 5, "vocab_size": VOCAB}
+    return made(MambaForCausalLM, MambaConfig(**keys, pad_token_id=0, eos_token_id=1))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A row: the kind's preset, its model, and the family that its checkpoints are of."""
@@ -187,6 +195,7 @@ ROWS: dict[str, Kind] = {
     "stablelm_parallel": Kind("stablelm", stablelm_parallel, "stablelm"),
     "minicpm": Kind("minicpm", minicpm, "minicpm"),
     "internlm2": Kind("internlm2", internlm2, "internlm2"),
+    "mamba": Kind("mamba", mamba, "mamba"),
     "qwen3_moe": Kind("qwen3_moe", qwen3_moe, "qwen3_moe"),
     "qwen3_moe_unnormed": Kind("qwen3_moe", qwen3_moe_unnormed, "qwen3_moe"),
     "mixtral": Kind("mixtral", mixtral, "mixtral"),

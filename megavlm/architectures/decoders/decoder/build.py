@@ -154,7 +154,7 @@ def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
     return -(-language.vocab_size // multiple) * multiple
 
 
-def _mask_padding(model: GPTModel, vocab_size: int) -> None:
+def mask_padding(model: GPTModel, vocab_size: int) -> None:
     """Take the rows that pad the vocabulary out of the softmax.
 
     How many there are follows from TP; without this, the loss would too, and differ from the checkpoint's own.
@@ -265,7 +265,7 @@ def build(
         _multiply_embeddings(model, language.embedding_multiplier, context.dtype)
     if post_process:
         _finish_head(model, language, context)
-        _mask_padding(model, language.output_rows)
+        mask_padding(model, language.output_rows)
     # The routers keep their biases; they are moved behind a step that was made (training/experts.py), and not by
     # Megatron-Core before anybody knows whether it is.
     config.moe_router_enable_expert_bias = False
