@@ -100,6 +100,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "glm4_moe": ("decoders.decoder",),
     "internlm2": ("decoders.decoder",),
     "minicpm": ("decoders.decoder",),
+    "mamba": ("decoders.mamba",),
     "clip": ("towers.vit",),
     "siglip": ("towers.vit",),
     "siglip2": ("towers.packed_vit",),

@@ -50,6 +50,11 @@ TOWERS = {
     | {"high_feature_stages": [2, 3]},
 }
 """Sizes of towers that have other keys than a ViT, by architecture."""
+LANGUAGES = {
+    "mamba": {"num_layers": 6, "hidden_size": 64, "intermediate_size": 96, "time_step_rank": 5, "state_size": 4}
+    | {"vocab_size": VOCABULARY, "vocab_divisor": 1, "init_method_std": 0.1},
+}
+"""Sizes of language models that have other keys than a decoder, by architecture."""
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 Q_FORMER = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
 OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
@@ -124,6 +129,8 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
             small = small | EXPERTS
             if isinstance(own.find(name).values.get("moe_layer_freq"), list | tuple):  # of as many layers as it has
                 small["moe_layer_freq"] = [0, 1, 0, 1, 1, 1]
+        if kind == "language":
+            small = LANGUAGES.get(own.find(name).architecture.name, small)
         if kind == "vision":
             small = _tower(name)
         tree[kind] = {"preset": name, **small}
@@ -131,7 +138,8 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         tree["vision"]["spatial_merge_size"] = 1
     if dense(connector):
         tree["vision"]["feature_layers"] = [0, 1, 2]
-    if registry.LANGUAGE.find(language).values.get("use_parallel_residual"):  # adds no levels behind its layers
+    beside = registry.LANGUAGE.find(language).values.get("use_parallel_residual")
+    if beside or tree["language"].keys() >= {"time_step_rank"}:  # adds no levels behind its layers
         tree["vision"].pop("deepstack_layers", None)
     whole = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
     # It makes one token of several patches; blocks are that large whatever becomes of them.
@@ -265,7 +273,8 @@ def check(layout: str, number: int, root: Path) -> None:
     if layout == "tied-pp2" and "lm_head_bias" in registry.LANGUAGE.find(model["language"]["preset"]).values:
         model["language"]["lm_head_bias"] = False  # the embedding has none
     if layout == "tp4":  # more ranks than key/value heads
-        model["language"]["num_query_groups"] = 2
+        if "num_query_groups" in model["language"]:
+            model["language"]["num_query_groups"] = 2
         # The ranks hold towers whole, which they do not divide, and connectors.
         uneven = {"num_attention_heads": 3, "ffn_hidden_size": 97}
         model["vision"] |= {key: value for key, value in uneven.items() if key in model["vision"]}

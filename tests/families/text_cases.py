@@ -205,6 +205,8 @@ EXPERTS = ("qwen3_moe", "qwen3_moe_unnormed", "mixtral", "glm4_moe")
 """Rows with experts."""
 ELSEWHERE = {"qwen"}
 """Kinds that other tests hold: Qwen v1 (tests/models/test_reference.py)."""
+OTHERS = {"mamba"}
+"""Kinds that are of another architecture than the decoders', and no half of a composed model."""
 
 
 def recipe_of(branch: dict[str, Any], layout: dict[str, Any]) -> Recipe:
@@ -372,10 +374,11 @@ def shard(whole: Tensor, parameter: nn.Parameter, key: str) -> Tensor:
 
 
 def kinds() -> set[str]:
-    """Return the presets that fix what a kind of decoder has."""
+    """Return the presets that fix what a kind of language model has."""
     from megavlm.architectures.decoders.decoder.presets import KINDS
+    from megavlm.architectures.decoders.mamba.presets import KINDS as MAMBA
 
-    return set(KINDS)
+    return {*KINDS, *MAMBA}
 
 
 def branches_of(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
