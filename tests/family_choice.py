@@ -60,6 +60,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "deepseek_vl_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "idefics3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "smolvlm": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
+    "cobra": ("towers.vit_vit", "connectors.mlp", "decoders.mamba"),
     "cogvlm": ("towers.vit", "connectors.glu", "decoders.decoder"),
     "minicpm_v": ("towers.vit", "connectors.resampler", "decoders.decoder"),
     "minicpm_v_2": ("towers.packed_vit", "connectors.resampler_2d", "decoders.decoder"),

@@ -16,9 +16,9 @@ class ImageConfig:
     kind: str = "squash"
     """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), fit
     (the same, resized first: DeepSeek-VL), crop (the square in its middle). Two renderings for two towers: fit_pair
-    (DeepSeek-VL-7B). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL), split_tiles
-    (Idefics3), slices (MiniCPM-V), canvas_tiles (Llama 3.2 Vision). Of its own size and proportions, for towers that
-    take such pictures: native (Qwen2-VL), naflex (SigLIP 2)."""
+    (DeepSeek-VL-7B), squash_pair (Cobra). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles
+    (InternVL), split_tiles (Idefics3), slices (MiniCPM-V), canvas_tiles (Llama 3.2 Vision). Of its own size and
+    proportions, for towers that take such pictures: native (Qwen2-VL), naflex (SigLIP 2)."""
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Filter that pictures are resized with; always antialiased."""
     fill: Literal["mean"] | tuple[int, int, int] | None = None

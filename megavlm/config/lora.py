@@ -44,7 +44,7 @@ _FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 EXPERT_LINEARS = ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
 """Those of each expert, whose number is left out: all experts of a layer have adapters, or none."""
 _IN, _STEPS = "self_attention.in_proj", "self_attention.x_proj"
-"""Mamba's. Its ``out_proj`` takes no adapter: PEFT refuses one there, as Mamba's kernels read its weight by themselves."""
+"""Mamba's. Its ``out_proj`` takes no adapter: PEFT refuses one there, as Mamba's kernels read the weight themselves."""
 LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, _IN, _STEPS)
 """The linear layers of a layer of the language model that adapters may stand beside."""
 

@@ -367,7 +367,7 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
         yield (
             f"model.image.kind: {recipe.model.image.kind} makes {_renderings(plan.sides)} of a picture, and the tower "
             f"{vision.preset!r} takes {_renderings(vision.sides)}; set it to "
-            f"{'fit_pair' if len(vision.sides) == 2 else 'squash, pad, fit or crop'}"
+            f"{'fit_pair or squash_pair' if len(vision.sides) == 2 else 'squash, pad, fit or crop'}"
         )
     if len(vision.towers) > 1 and plan.films is not None:
         yield (

@@ -76,16 +76,13 @@ class FitPlan(ImagePlan):
         return one_view(self, shape, Canvas(Box(0, 0, shape.width, shape.height), size, frame))
 
 
-@dataclass(frozen=True)
-class FitPairPlan(FitPlan):
-    """DeepSeek-VL-7B: what ``fit`` makes, for the second of two towers; and that made smaller, for the first.
+class TwoRenderings(ImagePlan):
+    """What a plan makes for the second of two towers, beside what it makes for the first.
 
-    The pixels of both stand in one row, the smaller one's first.
+    The pixels of both stand in one row, the first one's first.
     """
 
-    small: int = 0
-    """Side of the first tower's square, in pixels."""
-
+    small: int
     square: ClassVar[bool] = False
     joined: ClassVar[bool] = True
 
@@ -101,10 +98,12 @@ class FitPairPlan(FitPlan):
 
     def lay_out(self, shape: ImageShape) -> ImageLayout:
         """Return two views, which are one to the model."""
-        large = super().lay_out(shape).canvases[0]
-        small = dataclasses.replace(large, last=(self.small, self.small))
         views = tuple(View(number, Box(0, 0, side, side)) for number, side in enumerate(self.sides))
-        return ImageLayout(shape, (small, large), views, (self.tokens_per_view,))
+        return ImageLayout(shape, self.renderings(shape), views, (self.tokens_per_view,))
+
+    def renderings(self, shape: ImageShape) -> tuple[Canvas, Canvas]:
+        """Return the first tower's and the second's."""
+        raise NotImplementedError
 
     def features_of(self, layout: ImageLayout) -> int:
         """Return those of one view."""
@@ -121,6 +120,31 @@ class FitPairPlan(FitPlan):
     def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
         """Return the grid of both towers' features."""
         return super().token_grids(dataclasses.replace(layout, views=layout.views[:1]))
+
+
+@dataclass(frozen=True)
+class FitPairPlan(TwoRenderings, FitPlan):
+    """DeepSeek-VL-7B: what ``fit`` makes, for the second of two towers; and that made smaller, for the first."""
+
+    small: int = 0
+    """Side of the first tower's square, in pixels."""
+
+    def renderings(self, shape: ImageShape) -> tuple[Canvas, Canvas]:
+        """Return the second one made smaller, and that."""
+        large = FitPlan.lay_out(self, shape).canvases[0]
+        return dataclasses.replace(large, last=(self.small, self.small)), large
+
+
+@dataclass(frozen=True)
+class SquashPairPlan(TwoRenderings, SquashPlan):
+    """Cobra: the whole picture, resized to the square of each of two towers, which have colours of their own."""
+
+    small: int = 0
+    """Side of the first tower's square, in pixels."""
+
+    def renderings(self, shape: ImageShape) -> tuple[Canvas, Canvas]:
+        """Return both, made of the picture."""
+        return squashed(shape, self.small), squashed(shape, self.side)
 
 
 def squashed(shape: ImageShape, side: int) -> Canvas:
@@ -167,13 +191,8 @@ def _fit(model: ModelConfig) -> ImagePlan:
 
 
 def _fit_pair(model: ModelConfig) -> ImagePlan:
-    sides, least = model.vision.sides, 14 if model.image.min_side is None else model.image.min_side
-    if len(sides) != 2:
-        raise UserError(
-            f"model.image.kind: fit_pair makes two renderings of a picture, and the tower {model.vision.preset!r} "
-            "takes one; set it to fit"
-        )
-    small, large = sides
+    least = 14 if model.image.min_side is None else model.image.min_side
+    small, large = _two_sides(model, "fit")
     if small > large:
         raise UserError(
             f"model.vision.image_size: {small} is more than the second tower's {large} (model.vision.high_image_size), "
@@ -182,6 +201,22 @@ def _fit_pair(model: ModelConfig) -> ImagePlan:
     _check_least(least, large, "model.vision.high_image_size")
     fill = colour(model, "mean", model.vision.high_image_mean)
     return FitPairPlan(large, model.tokens_per_view, model.image.resample, fill, least, small)
+
+
+def _squash_pair(model: ModelConfig) -> ImagePlan:
+    small, large = _two_sides(model, "squash")
+    return SquashPairPlan(large, model.tokens_per_view, model.image.resample, small=small)
+
+
+def _two_sides(model: ModelConfig, one: str) -> tuple[int, int]:
+    """Return the sides of the squares of two towers; ``one``: the plan for a single tower."""
+    if len(model.vision.sides) != 2:
+        raise UserError(
+            f"model.image.kind: {one}_pair makes two renderings of a picture, and the tower {model.vision.preset!r} "
+            f"takes one; set it to {one}"
+        )
+    small, large = model.vision.sides
+    return small, large
 
 
 def _check_least(least: int, side: int, key: str) -> None:
@@ -197,3 +232,4 @@ register_plan("pad", PadPlan, _pad, keys=("fill",))
 register_plan("crop", CropPlan, _crop, keys=("short_side", "fill"))
 register_plan("fit", FitPlan, _fit, keys=("fill", "min_side"))
 register_plan("fit_pair", FitPairPlan, _fit_pair, keys=("fill", "min_side"))
+register_plan("squash_pair", SquashPairPlan, _squash_pair)

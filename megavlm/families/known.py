@@ -37,6 +37,7 @@ _OURS = (
     "megavlm.families.blip2:Blip2Family",
     "megavlm.families.minigpt:MiniGPT4Family",
     "megavlm.families.minigpt:MiniGPTv2Family",
+    "megavlm.families.cobra:CobraFamily",
     "megavlm.families.gemma3_vl:Gemma3Family",
     "megavlm.families.mllama:MllamaFamily",
     "megavlm.families.deepseek_vl:DeepseekVLFamily",

@@ -2,8 +2,8 @@
 
 It is the first Mamba, with a decay for each number of each channel's state. (Megatron-Core's ``MambaMixer`` is Mamba-2,
 and cannot be imported without Triton.) Tensor-parallel ranks share the channels: each has its own convolution and scan.
-Step sizes and what goes in and out of the states follow from all channels, so ``x_proj`` sums over the ranks. With
-sequence parallelism ``in_proj`` gathers the sequence and ``out_proj`` scatters it; between them each rank has all of it.
+Step sizes and what goes in and out of the states follow from all channels, so ``x_proj`` sums over ranks. With sequence
+parallelism ``in_proj`` gathers the sequence and ``out_proj`` scatters it; between them each rank has all of it.
 
 Shape legend: S positions of a pack, E width of the stream, C channels of this tensor-parallel rank, N numbers of a
 channel's state, R rank of the step sizes, K taps of the convolution.

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavlm.layers.segments import to_device
 from megavlm.parallel.device import has_kernels
 
 BLOCK = 256
@@ -151,8 +152,9 @@ def _convolution(x_SC: Tensor, weight_CK: Tensor, bias_C: Tensor, place_S: Tenso
 
 @functools.cache
 def kernels() -> tuple[Any, Any] | None:
-    """Return ``selective_scan_fn`` and ``causal_conv1d_fn`` of mamba-ssm and causal-conv1d, where there is CUDA and both
-    are installed; else None: plain torch, which is many times slower on a GPU.
+    """Return ``selective_scan_fn`` of mamba-ssm and ``causal_conv1d_fn`` of causal-conv1d, or None.
+
+    They are there where CUDA is and both are installed; plain torch, without them, is many times slower on a GPU.
     """
     if not has_kernels():
         return None
@@ -168,8 +170,8 @@ def kernel_convolution(x_SC: Tensor, weight_CK: Tensor, bias_C: Tensor, lengths:
     """Return :func:`causal_convolution` by causal-conv1d's kernel (not run on a GPU)."""
     found = kernels()
     assert found is not None
-    numbers = torch.arange(len(lengths), dtype=torch.int32, device=x_SC.device)
-    segment_1S = torch.repeat_interleave(numbers, torch.tensor(lengths, device=x_SC.device))[None]
+    numbers = torch.repeat_interleave(torch.tensor(lengths)).to(torch.int32)
+    segment_1S = to_device(numbers, x_SC.device)[None]
     # Its layout with the channels last in memory, which its segments ask for.
     y_1CS: Tensor = found[1](x_SC.contiguous().T[None], weight_CK, bias_C, seq_idx=segment_1S, activation="silu")
     return y_1CS[0].T
@@ -178,7 +180,7 @@ def kernel_convolution(x_SC: Tensor, weight_CK: Tensor, bias_C: Tensor, lengths:
 def kernel_scan(
     scan: Scan, x_SC: Tensor, step_SC: Tensor, in_SN: Tensor, out_SN: Tensor, gate_SC: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return :meth:`Scan.of` of one segment from zeros, by mamba-ssm's kernel, which knows no packs (not run on a GPU)."""
+    """Return :meth:`Scan.of` of one segment from zeros, by mamba-ssm's kernel without packs (not run on a GPU)."""
     found = kernels()
     assert found is not None
     x, step, into, out, gate = (each.T[None].contiguous() for each in (x_SC, step_SC, in_SN, out_SN, gate_SC))

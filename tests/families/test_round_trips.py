@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from blip2_models import BLIP2
+from cobra_models import COBRA
 from cogvlm_models import COGVLM
 from deepseek_models import DEEPSEEK
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
@@ -55,6 +56,7 @@ OTHERS = (
     | LLAVA_LIKE
     | MINICPM_V
     | COGVLM
+    | COBRA
     | TOWERS
     | BLIP2
     | MINIGPT

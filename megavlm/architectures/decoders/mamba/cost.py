@@ -1,7 +1,7 @@
 """The cost of a Mamba language model: see :class:`megavlm.architectures.cost.DecoderCost`.
 
-Read off the layers that ``build`` makes, in plain torch. mamba-ssm's kernels keep about the same: the scan's inputs, and
-states between its blocks (their time is not measured).
+Read off the layers that ``build`` makes, in plain torch. mamba-ssm's kernels keep about the same: the scan's inputs,
+and states between its blocks (their time is not measured).
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def adapters_kept(language: MambaConfig, lora: LoraConfig, shards: Shards, token
     reads = {"in_proj": local * language.hidden_size, "x_proj": tokens * own}
     names = [target.linear.partition(".")[2] for target in targets_of(lora, language)]
     # What the convolution gives is kept in any case.
-    kept = sum(
-        reads[name] * (b * int(name == "in_proj" or lora.dropout > 0) + int(lora.dropout > 0)) for name in names
-    )
+    kept = sum(reads[name] * (b * int(name == "in_proj" or lora.dropout > 0) + int(lora.dropout > 0)) for name in names)
     return kept + len(names) * tokens * lora.rank * b
 
 

@@ -1,0 +1,1 @@
+"""Names of two towers' weights in published checkpoints: those of the towers' own tables."""
