@@ -124,6 +124,15 @@ MODELS["minigemini_hd"] = {  # compared whole: tests/families/minigemini_models.
     **MODELS["minigemini"],
     "vision": {**MODELS["minigemini"]["vision"], "high_image_size": 2 * SIDE, "low_tiles": 2, "low_whole": True},
 }
+# Compared whole: tests/families/cobra_models.py.
+MODELS["cobra"] = {
+    "vision": {
+        **_LOW, "preset": "dinov2_siglip", "image_size": 21, "positional_grid": 5, "high_image_size": 21,
+        **{f"high_{key}": value for key, value in {**_LOW, "hidden_size": 32, "num_layers": 2}.items()},
+        "high_positional_grid": 3,
+    },
+    "connector": {"preset": "mlp3x_gelu", "input_expansion": 4}, "image": {"kind": "squash_pair"},
+}  # fmt: skip
 
 
 def made_recipe(name: str, **vision: Any) -> Recipe:

@@ -43,6 +43,10 @@ _CONVNEXT = {"image_size": 32, "depths": [1, 1, 2], "widths": [16, 24, 48], "fea
 TOWERS = {
     "sam": {**_SAM, "init_method_std": 0.1},
     "vit_sam": SMALL["vision"] | {f"high_{key}": value for key, value in _SAM.items()},
+    # As many places as the first tower's map has at either size of its patches, or twice as many.
+    "vit_vit": SMALL["vision"]
+    | {f"high_{key}": value for key, value in SMALL["vision"].items()}
+    | {"high_patch_size": 8, "high_positional_grid": 4},
     "convnext": {**_CONVNEXT, "init_method_std": 0.1},
     # The second tower's maps in twice the places that the first one's have.
     "vit_convnext": SMALL["vision"]

@@ -15,7 +15,7 @@ from megavlm.checkpoint.hf.given import open_directory
 from megavlm.config.errors import UserError
 from megavlm.config.lora import known_targets
 from megavlm.config.schema import ModelConfig
-from megavlm.data.media import ImageShape, plan_of
+from megavlm.data.media import Box, ImageShape, plan_of
 from megavlm.families.known import FAMILIES
 from megavlm.families.presets import expand_presets, load_presets
 
@@ -83,6 +83,6 @@ def test_each_tower_gets_the_whole_picture_in_its_own_square() -> None:
     plan = plan_of(model)
     layout = plan.lay_out(ImageShape(640, 480))
     assert layout.tokens == 729 and plan.row == (2 * 3 * 384**2,) and plan.sides == (384, 384)
-    assert [(one.source.width, one.source.height, one.size) for one in layout.canvases] == [(640, 480, (384, 384))] * 2
+    assert [(one.source, one.resized) for one in layout.canvases] == [(Box(0, 0, 640, 480), (384, 384))] * 2
     smaller = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=SIDE))
-    assert [one.size for one in plan_of(smaller).lay_out(ImageShape(9, 7)).canvases] == [(SIDE, SIDE), (384, 384)]
+    assert [one.resized for one in plan_of(smaller).lay_out(ImageShape(9, 7)).canvases] == [(SIDE, SIDE), (384, 384)]
