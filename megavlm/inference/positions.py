@@ -84,6 +84,7 @@ class Positions:
         if self._own is not None:
             parts = [self._own[i][..., span.start : span.stop] for i, span in spans]
             whole = np.concatenate(parts or [self._own[0][..., :0]], axis=-1)
+            assert self._rotary is not None, "positions of their own are those of heads that are turned"
             # Not by a call: what the layers get of the module is replaced while answers are generated.
             return self._rotary.forward(to_device(torch.from_numpy(whole), local_device())), None
         if not spans:

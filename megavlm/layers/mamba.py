@@ -136,13 +136,15 @@ class MambaMixer(MegatronModule):
             submodules.in_proj, config.hidden_size, 2 * channels, config=config, init_method=config.init_method,
             gather_output=False, skip_bias_add=False, stride=2, **common,
         )  # fmt: skip
-        self.conv1d = _Shares(self.tp_group, {"weight": (own, 1, taps), "bias": (own,)}, config.params_dtype)
+        self.conv1d: Any = _Shares(self.tp_group, {"weight": (own, 1, taps), "bias": (own,)}, config.params_dtype)
         self.x_proj = build_module(
             submodules.x_proj, channels, time_step_rank + 2 * state_size, config=inside,
             init_method=config.init_method, skip_bias_add=False, **row,
         )  # fmt: skip
-        self.dt_proj = _Shares(self.tp_group, {"weight": (own, time_step_rank), "bias": (own,)}, config.params_dtype)
-        self.ssm = _Shares(self.tp_group, {"A_log": (own, state_size), "D": (own,)}, config.params_dtype)
+        self.dt_proj: Any = _Shares(
+            self.tp_group, {"weight": (own, time_step_rank), "bias": (own,)}, config.params_dtype
+        )
+        self.ssm: Any = _Shares(self.tp_group, {"A_log": (own, state_size), "D": (own,)}, config.params_dtype)
         self.out_proj = build_module(
             submodules.out_proj, channels, config.hidden_size, config=config,
             init_method=config.output_layer_init_method, skip_bias_add=True, **row,
@@ -223,7 +225,8 @@ class MambaMixer(MegatronModule):
         parts, ends = [], []
         for segment in zip(*(each.split(lengths) for each in (*inputs, places.fresh)), strict=True):
             part, end = self._scan.of(*segment) if kernels() is None else kernel_scan(self._scan, *segment[:-1])
-            parts.append(part), ends.append(end)
+            parts.append(part)
+            ends.append(end)
         if self.kept is not None:
             self._remember(self.kept, x_SC.split(lengths), ends)
         return torch.cat(parts)

@@ -159,8 +159,8 @@ def kernels() -> tuple[Any, Any] | None:
     if not has_kernels():
         return None
     try:
-        from causal_conv1d import causal_conv1d_fn  # noqa: PLC0415
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: PLC0415
+        from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]  # noqa: PLC0415
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # type: ignore  # noqa: PLC0415
     except ImportError:
         return None
     return selective_scan_fn, causal_conv1d_fn

@@ -54,7 +54,7 @@ def test_the_file_without_its_towers_says_where_they_belong(tmp_path: Path) -> N
     for file in directory.glob("siglip_featurizer/*"):
         file.unlink()
     (directory / "siglip_featurizer").rmdir()
-    with pytest.raises(UserError, match="put vit_large_patch14_reg4_dinov2 into .*dino_featurizer"):
+    with pytest.raises(UserError, match=r"put vit_large_patch14_reg4_dinov2 into .*dino_featurizer"):
         open_directory(directory)
 
 

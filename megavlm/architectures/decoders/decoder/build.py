@@ -27,7 +27,7 @@ from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ParallelConfig
+from megavlm.config.schema import LanguageConfig, ParallelConfig
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
 from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
 from megavlm.layers.scale import NormedSum
@@ -148,7 +148,7 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     return tuple(plan)
 
 
-def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
+def padded_vocab_size(language: LanguageConfig, context: BuildContext) -> int:
     """Return the vocabulary rounded up to a multiple of ``vocab_divisor`` x TP, as Megatron pads it."""
     multiple = language.vocab_divisor * context.parallel.tensor_model_parallel_size
     return -(-language.vocab_size // multiple) * multiple

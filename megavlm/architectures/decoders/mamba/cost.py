@@ -13,9 +13,6 @@ from megavlm.config.schema import LoraConfig
 
 _BLOCK = 256
 """Positions between two states that are kept: ``layers/selective_scan.py``."""
-_SCAN_OPERATIONS = 9
-"""Of a position, a channel and a number of its state: a step, its exponential, what is added, and the sum that comes
-out; what the published code's own count (a multiply-add is two) gives."""
 
 
 def vocabulary(language: MambaConfig, tensor: int) -> int:
@@ -71,11 +68,14 @@ def adapter_widths(language: MambaConfig, lora: LoraConfig, tensor: int) -> tupl
 
 
 def layer_work(language: MambaConfig, tokens: float, squared_lengths: float) -> Work:
-    """Return the operations of a forward pass through one layer; they go with the tokens alone."""
+    """Return the operations of a forward pass through one layer; they go with the tokens alone.
+
+    Those of products, that of the states with what comes out of them among these. The convolution and the states' steps
+    are element-wise, and not counted, as those of norms and activations are not.
+    """
     hidden, inner = language.hidden_size, language.intermediate_size
     weights = 3 * hidden * inner + inner * (_small(language) + language.time_step_rank)
-    scan = inner * (_SCAN_OPERATIONS * language.state_size + 2 * language.conv_kernel)
-    return Work(products=tokens * (2 * weights + scan))
+    return Work(products=2 * tokens * (weights + inner * language.state_size))
 
 
 def layer_kept(language: MambaConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:

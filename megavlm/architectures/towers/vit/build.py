@@ -234,7 +234,7 @@ class VisionTransformer(MegatronModule):
         table: Tensor = self.positional_embedding
         antialias, first = self.settings.positional_antialias, list[Tensor]()
         if self.class_embedding is not None:
-            class_W = self.class_embedding
+            class_W: Tensor = self.class_embedding
             if self.settings.class_position:
                 class_W, table = class_W + table[0], table[1:]
             first.append(class_W.expand(1, x_PNW.size(1), -1))
