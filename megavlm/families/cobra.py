@@ -72,7 +72,8 @@ class CobraFamily(Family):
         told, where = source.config.get("model"), config_file(source)
         if not isinstance(told, Mapping):
             raise UserError(f"{where}: has no 'model', which says the towers, the projector and the language model")
-        expect(told, where, image_resize_strategy="resize-naive")
+        # Another language model was trained in another template (MambaPromptBuilder), which is not here.
+        expect(told, where, image_resize_strategy="resize-naive", llm_backbone_id="mamba-2.8b-zephyr")
         kind, towers = str(told.get("arch_specifier")), str(told.get("vision_backbone_id"))
         if not kind.endswith("fused-gelu-mlp"):
             raise UserError(

@@ -31,6 +31,7 @@ def model_of(preset: str = "cobra_3b", **more: Any) -> ModelConfig:
         ({"arch_specifier": "no-align+fused-ldpnet"}, "arch_specifier is 'no-align+fused-ldpnet'"),
         ({"arch_specifier": "no-align+gelu-mlp"}, "fused-gelu-mlp is supported"),
         ({"vision_backbone_id": "siglip-vit-so400m-384px"}, "vision_backbone_id is 'siglip-vit-so400m-384px'"),
+        ({"llm_backbone_id": "mamba-2.8b-slimpj"}, "llm_backbone_id is 'mamba-2.8b-slimpj'"),
         ({"image_resize_strategy": "letterbox"}, "image_resize_strategy is 'letterbox'"),
         ({}, None),
     ],
