@@ -28,6 +28,10 @@ _RUN = 16
 """Positions of a run."""
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _Again(torch.autograd.Function):
     """A function of tensors that keeps its inputs alone, and is computed again for its gradients."""
 
@@ -43,7 +47,8 @@ class _Again(torch.autograd.Function):
         inputs = [
             tensor.detach().requires_grad_(learns) for tensor, learns in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        with torch.enable_grad():
+        # What is kept now is let go of in an instant: nobody around counts it, or moves it elsewhere.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
             made = ctx.function(*inputs)
         made = made if isinstance(made, tuple) else (made,)
         found = iter(torch.autograd.grad(made, [one for one in inputs if one.requires_grad], gradients))

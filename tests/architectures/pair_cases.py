@@ -127,7 +127,7 @@ MODELS["minigemini_hd"] = {  # compared whole: tests/families/minigemini_models.
 # Compared whole: tests/families/cobra_models.py.
 MODELS["cobra"] = {
     "vision": {
-        **_LOW, "preset": "dinov2_siglip", "image_size": 21, "positional_grid": 5, "high_image_size": 21,
+        **_LOW, "preset": "dinov2_siglip", "image_size": 21, "positional_grid": 3, "high_image_size": 21,
         **{f"high_{key}": value for key, value in {**_LOW, "hidden_size": 32, "num_layers": 2}.items()},
         "high_positional_grid": 3,
     },

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_round_trips import CASES, make
 
 from megavlm.checkpoint.hf.given import open_directory, understand
-from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
 from megavlm.checkpoint.hf.pickled import by_part
+from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
 from megavlm.cli import main
 from megavlm.families.known import FAMILIES
 from megavlm.weights.source import Source
