@@ -62,7 +62,7 @@ class KeptStates(Protocol):
 
 
 @dataclass(frozen=True)
-class Places:
+class SegmentPlaces:
     """Where the positions of a pack are in their segments."""
 
     place: Tensor
@@ -71,18 +71,18 @@ class Places:
     """[S] bool: the first of a segment."""
 
     @staticmethod
-    def of(packed: PackedSeqParams, device: torch.device) -> Places:
+    def of(packed: PackedSeqParams, device: torch.device) -> SegmentPlaces:
         """Return those of a pack, made once for all layers."""
         told: Any = packed
-        known: Places | None = getattr(told, "mamba_places", None)
+        known: SegmentPlaces | None = getattr(told, "mamba_places", None)
         if known is None:
             place = torch.cat([torch.arange(length) for length in segment_lengths(packed)])
             place = to_device(place, device)
-            known = told.mamba_places = Places(place, place == 0)
+            known = told.mamba_places = SegmentPlaces(place, place == 0)
         return known
 
 
-class _Shares(nn.Module):
+class _ChannelParameters(nn.Module):
     """Parameters by channel, of which each tensor-parallel rank has its channels'."""
 
     def __init__(self, tp_group: Any, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
@@ -136,15 +136,19 @@ class MambaMixer(MegatronModule):
             submodules.in_proj, config.hidden_size, 2 * channels, config=config, init_method=config.init_method,
             gather_output=False, skip_bias_add=False, stride=2, **common,
         )  # fmt: skip
-        self.conv1d: Any = _Shares(self.tp_group, {"weight": (own, 1, taps), "bias": (own,)}, config.params_dtype)
+        self.conv1d: Any = _ChannelParameters(
+            self.tp_group, {"weight": (own, 1, taps), "bias": (own,)}, config.params_dtype
+        )
         self.x_proj = build_module(
             submodules.x_proj, channels, time_step_rank + 2 * state_size, config=inside,
             init_method=config.init_method, skip_bias_add=False, **row,
         )  # fmt: skip
-        self.dt_proj: Any = _Shares(
+        self.dt_proj: Any = _ChannelParameters(
             self.tp_group, {"weight": (own, time_step_rank), "bias": (own,)}, config.params_dtype
         )
-        self.ssm: Any = _Shares(self.tp_group, {"A_log": (own, state_size), "D": (own,)}, config.params_dtype)
+        self.ssm: Any = _ChannelParameters(
+            self.tp_group, {"A_log": (own, state_size), "D": (own,)}, config.params_dtype
+        )
         self.out_proj = build_module(
             submodules.out_proj, channels, config.hidden_size, config=config,
             init_method=config.output_layer_init_method, skip_bias_add=True, **row,
@@ -212,7 +216,7 @@ class MambaMixer(MegatronModule):
 
     def _whole(self, x_SC: Tensor, gate_SC: Tensor, packed: PackedSeqParams) -> Tensor:
         """Return what comes out [S, C] of a pack, each segment of which begins anew."""
-        places, weight, bias = Places.of(packed, x_SC.device), self.conv1d.weight.squeeze(1), self.conv1d.bias
+        places, weight, bias = SegmentPlaces.of(packed, x_SC.device), self.conv1d.weight.squeeze(1), self.conv1d.bias
         lengths = segment_lengths(packed)
         assert sum(lengths) == x_SC.size(0), f"{sum(lengths)} positions, not {x_SC.size(0)}"
         if kernels() is None:
