@@ -42,6 +42,7 @@ def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapt
         sizes = (1, 1)
     present = tuple(any(target.part == i for target in own) for i in range(parts))
     halves = linear.endswith("linear_fc1") and getattr(language, "gated_linear_unit", True)
+    halves = halves or linear.endswith("in_proj")  # what is mixed, and its gate
     return Adapter(lora.rank, lora.alpha / lora.rank, lora.dropout, sizes, present, grouped, halves)
 
 
@@ -61,7 +62,7 @@ def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, Mod
             continue
         kind = (
             FrozenColumnParallelLinear
-            if name.endswith(("qkv", "fc1", "linear_q", "linear_kv"))
+            if name.endswith(("qkv", "fc1", "linear_q", "linear_kv", "in_proj"))
             else FrozenRowParallelLinear
         )
         params = {"adapter": adapter, "quantize": lora.quantize is not None}

@@ -47,8 +47,8 @@ class PairConfig(ViTConfig):
 
     low_from: Literal["plan", "high"] = "plan"
     """Where the first tower's pixels come from: plan (model.image.kind makes a rendering of the picture for each
-    tower: fit_pair, crop_squash), or high (the second's, normalised, and made smaller: bilinear, without a filter;
-    MiniGemini)."""
+    tower: fit_pair, crop_squash, squash_pair), or high (the second's, normalised, and made smaller: bilinear, without a
+    filter; MiniGemini)."""
     low_tiles: Annotated[int, Meaning.USE] = Field(default=1, gt=0, le=100)
     """With low_from high: tiles across, and down, in which the first tower sees a picture, each of image_size pixels;
     their features stand one tile after the other, row by row (2 in MiniGemini-HD)."""

@@ -16,6 +16,11 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
         if parallel.cp_comm_type != "p2p":
             yield f"parallel.cp_comm_type: has no effect without {CP} above 1; set that, or leave this out"
         return
+    if recipe.model.language.recurrent:
+        yield (
+            f"{CP}: cuts each sample over ranks, and Mamba's layers hand a state from position to position; set it to 1"
+        )
+        return
     length, least = recipe.data.sequence_length, 2 * size
     if length < least:
         yield (

@@ -77,7 +77,8 @@ def _fusions(recipe: Recipe) -> Iterator[str]:
     if engine.apply_rope_fusion == "on" and not recipe.model.language.fused_rotary:
         yield (
             f"{_KEY}apply_rope_fusion: Transformer Engine's kernel turns whole heads by one position, and "
-            "model.language.rotary_* ask for more; set it to auto or off"
+            + ("Mamba has no heads" if recipe.model.language.recurrent else "model.language.rotary_* ask for more")
+            + "; set it to auto or off"
         )
 
 
@@ -86,6 +87,8 @@ def _overlap(recipe: Recipe) -> Iterator[str]:
     if not engine.tp_comm_overlap:
         return
     key = f"{_KEY}tp_comm_overlap"
+    if recipe.model.language.recurrent:
+        yield f"{key}: is for Transformer Engine's linear layers, and Mamba's are Megatron-Core's; set it to false"
     if not parallel.sequence_parallel:
         yield f"{key}: needs parallel.sequence_parallel, and with it {_TP} > 1; set these, or this to false"
     if parallel.transformer_impl == "torch":
@@ -98,6 +101,8 @@ def _graphs(recipe: Recipe) -> Iterator[str]:
     if recipe.engine.cuda_graph_impl == "none":
         return
     key = f"{_KEY}cuda_graph_impl"
+    if recipe.model.language.recurrent:
+        yield f"{key}: graphs are of attention and MLP, and Mamba's layers have neither; set it to none"
     if recipe.training.precision != "bf16":
         yield f"{key}: needs training.precision bf16; set that, or this to none"
     if recipe.parallel.transformer_impl == "torch":

@@ -17,7 +17,7 @@ class ImageConfig:
     """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), fit
     (the same, resized first: DeepSeek-VL), crop (the square in its middle). Two renderings for two towers: fit_pair
     (DeepSeek-VL-7B), crop_squash (Vary: crop for the first, squash for the second),
-    squash_pair (CogAgent). Several: anyres (LLaVA-1.6),
+    squash_pair (CogAgent, Cobra). Several: anyres (LLaVA-1.6),
     anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL), split_tiles (Idefics3), slices (MiniCPM-V), canvas_tiles
     (Llama 3.2 Vision). Of its own size and proportions, for towers that take such pictures: native (Qwen2-VL), naflex
     (SigLIP 2)."""

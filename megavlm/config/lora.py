@@ -43,9 +43,11 @@ _QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 _FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 EXPERT_LINEARS = ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
 """Those of each expert, whose number is left out: all experts of a layer have adapters, or none."""
+_IN, _STEPS = "self_attention.in_proj", "self_attention.x_proj"
+"""Mamba's. Its ``out_proj`` takes no adapter: PEFT refuses one there, as Mamba's kernels read the weight themselves."""
 CROSS_LINEARS = ("cross_attention.linear_q", "cross_attention.linear_kv", "cross_attention.linear_proj")
 """Those of attention to pictures, in the layers that have it instead of attention to text."""
-LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *CROSS_LINEARS)
+LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *CROSS_LINEARS, _IN, _STEPS)
 """The linear layers of the layers of a language model, of all kinds."""
 
 _NUMBER = re.compile(r"\.experts\.(?:local_experts\.(?:\d+|\{\})|experts)\.")
@@ -128,6 +130,9 @@ NF4_BLOCK, NF4_GROUP = 64, 256
 def _quantised_shards(recipe: Recipe) -> Iterator[str]:
     """Check that tensor-parallel shards are whole groups, so that all layouts have the same quantised weights."""
     tp, language = recipe.parallel.tensor_model_parallel_size, recipe.model.language
+    if language.recurrent:
+        yield f"{_KEY}quantize: Mamba's weights are not kept in 4 bits; set it to null"
+        return
     unit, hidden = NF4_BLOCK * NF4_GROUP, language.hidden_size
     if tp == 1:
         return

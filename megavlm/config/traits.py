@@ -89,6 +89,11 @@ class LanguageTraits:
         return 0
 
     @property
+    def recurrent(self) -> bool:
+        """Whether its layers hand a state from position to position, and attend to nothing (Mamba)."""
+        return False
+
+    @property
     def output_rows(self) -> int:
         """Rows of the output layer, without padding."""
         own: Any = self

@@ -137,7 +137,7 @@ class CropSquashPlan(PairPlan):
 
 @dataclass(frozen=True)
 class SquashPairPlan(PairPlan):
-    """CogAgent: the whole picture, resized to a square for the first of two towers, and to another for the second.
+    """CogAgent, Cobra: the whole picture, resized to the square of each of two towers.
 
     Each is made of the picture itself.
     """
@@ -235,13 +235,7 @@ def _fit_pair(model: ModelConfig) -> ImagePlan:
 
 
 def _squash_pair(model: ModelConfig) -> ImagePlan:
-    sides = model.vision.sides
-    if len(sides) != 2:
-        raise UserError(
-            f"model.image.kind: squash_pair makes two renderings of a picture, and the tower {model.vision.preset!r} "
-            "takes one; set it to squash"
-        )
-    small, large = sides
+    small, large = _sides(model, "squash")
     return SquashPairPlan(large, model.tokens_per_view, model.image.resample, small=small)
 
 

@@ -57,6 +57,8 @@ class Family(ABC):
     pickles: ClassVar[Mapping[str, tuple[str, str | None]]] = {}
     """Of a checkpoint in pieces: those that are files of ``torch.save``, by what they are called: the file that is
     written, and the key that its tensors stand under; None for none."""
+    nested_pickles: ClassVar[bool] = False
+    """Whether the tensors of such a file stand in a dictionary for each part, which names here begin with."""
     own_files: ClassVar[tuple[str, ...]] = ()
     """Small files that say, beside ``config.json``, what it is in no other family."""
     with_tower_trained: ClassVar[str | None] = None

@@ -94,6 +94,15 @@ def register() -> None:
             image={"kind": "pad"},
             template=template,
         )
+    # han1997/cobra, cobra+3b.
+    MODELS.register(
+        "cobra_3b",
+        vision={"preset": "cobra_dinov2_siglip", "image_size": 384},
+        connector={"preset": "mlp3x_gelu", "input_expansion": 4},
+        language={"preset": "mamba_2_8b", "max_position_embeddings": 2816},  # 2048 of text, and a picture
+        image={"kind": "squash_pair"},
+        template="zephyr",
+    )
     # xtuner/llava-phi-3-mini-xtuner.
     MODELS.register(
         "llava_phi3_mini",

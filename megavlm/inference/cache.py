@@ -1,4 +1,4 @@
-"""Keys and values that generation keeps, so that each new token costs one position instead of the whole prompt.
+"""Keys and values, or states, that generation keeps: each new token costs one position, not the whole prompt.
 
 While :func:`caching` is on, the core attention of every language layer is a :class:`CachedAttention`, which also turns
 queries and keys by the positions that the current :class:`CacheWindow` gives; the layers themselves, tensor and
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megavlm.inference.quick import quick_layers
 from megavlm.layers.cross import PictureLayer, attend, last_sights
 from megavlm.layers.cross_beside import FeatureLayer
+from megavlm.layers.mamba import MambaMixer
 from megavlm.layers.segments import to_device
 from megavlm.models.build import unwrap
 from megavlm.parallel.engine import without_fp8
@@ -124,6 +125,19 @@ class KeyValueCache:
     turn: CacheWindow | None = None
     _layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _pictures: dict[int, list[tuple[Tensor, Tensor] | None]] = field(default_factory=dict)
+    _states: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def states(self, name: int, shapes: Sequence[tuple[int, ...]], like: Tensor) -> tuple[Tensor, ...]:
+        """Return what a layer without attention goes on from, [R, ..] each; zeros when they are first asked for.
+
+        The last one is in fp32, the others are in the number type of ``like``.
+        """
+        if name not in self._states:
+            types = [like.dtype] * (len(shapes) - 1) + [torch.float32]
+            self._states[name] = tuple(
+                like.new_zeros((self.rows, *shape), dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)
+            )
+        return self._states[name]
 
     def pictures(self, name: int) -> list[tuple[Tensor, Tensor] | None]:
         """Return keys and values [F, G, D] of the pictures that each row goes on seeing in a layer; None for none."""
@@ -144,6 +158,9 @@ class KeyValueCache:
             self._layers[name] = (keys.index_select(0, index), values.index_select(0, index))
         for name, kept in self._pictures.items():
             self._pictures[name] = [kept[row] for row in rows]
+        for name, states in self._states.items():
+            index = torch.tensor(rows, device=states[0].device)
+            self._states[name] = tuple(one.index_select(0, index) for one in states)
         self.rows = len(rows)
 
 
@@ -254,6 +271,32 @@ class CachedPictures:
         return to_device(torch.tensor(mask + [False] * (length - len(mask))), device)[:, None, None]
 
 
+class CachedStates:
+    """What a Mamba layer remembers of prompts and answers (:class:`megavlm.layers.mamba.KeptStates`)."""
+
+    def __init__(self, cache: KeyValueCache) -> None:
+        self.cache = cache
+
+    @property
+    def _turn(self) -> CacheWindow:
+        assert self.cache.turn is not None
+        return self.cache.turn
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether answers go on, and no prompt is read."""
+        return not self._turn.reads_prompts
+
+    @property
+    def rows(self) -> range:
+        """The turn's rows."""
+        return self._turn.rows
+
+    def states(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> tuple[Tensor, ...]:
+        """Return what is kept of all rows."""
+        return self.cache.states(id(self), shapes, like)
+
+
 def _configs(chunks: Sequence[Any]) -> list[Any]:
     """Return the configuration of every module of ``chunks`` that has one: tower, connector, layers."""
     modules = (module for chunk in chunks for module in chunk.modules())
@@ -273,7 +316,9 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     models = [unwrap(chunk).language for chunk in chunks]
     layers = [layer for model in models for layer in model.decoder.layers]
     crossed = [layer.cross_attention for layer in layers if isinstance(layer, PictureLayer | FeatureLayer)]
-    attentions = [layer.self_attention for layer in layers if not isinstance(layer, PictureLayer)]
+    mixers = [layer.self_attention for layer in layers if not isinstance(layer, PictureLayer)]
+    recurrent = [mixer for mixer in mixers if isinstance(mixer, MambaMixer)]
+    attentions = [mixer for mixer in mixers if not isinstance(mixer, MambaMixer)]
     cores = [attention.core_attention for attention in attentions]
     hooks = []
     try:
@@ -284,14 +329,17 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
             attention.core_attention = CachedAttention(core, cache, scale, window, part)
         for one in crossed:
             one.kept = CachedPictures(cache, one.config.softmax_scale)
+        for one in recurrent:
+            one.kept = CachedStates(cache)
         # No angles for queries and none for keys: the layers leave them as they are.
-        hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
+        rotaries = [model.rotary_pos_emb for model in models if hasattr(model, "rotary_pos_emb")]
+        hooks += [rotary.register_forward_hook(lambda *_: (None, None)) for rotary in rotaries]
         with without_fp8(_configs(chunks)), quick_layers(chunks, lambda: cast(CacheWindow, cache.turn).ends):
             yield
     finally:
         for hook in hooks:
             hook.remove()
-        for one in crossed:
+        for one in (*crossed, *recurrent):
             one.kept = None
         for attention, core in zip(attentions, cores, strict=True):
             attention.core_attention = core

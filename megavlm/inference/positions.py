@@ -48,7 +48,8 @@ class Positions:
         logn_length: int | None = None,
         own: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
-        self._rotary, self._longest, self._own = language.rotary_pos_emb, longest, own
+        # None of a language model whose layers know no positions.
+        self._rotary, self._longest, self._own = getattr(language, "rotary_pos_emb", None), longest, own
         assert own is None or (ntk_length is None and logn_length is None)
         self._alphas = [ntk_alpha(length, ntk_length) if ntk_length else 1.0 for length in prompt_lengths]
         self._tables = {alpha: self._table(alpha) for alpha in set(self._alphas)} if own is None else {}
@@ -60,6 +61,8 @@ class Positions:
     def _table(self, alpha: float) -> Tensor:
         """[longest, 1, 1, D] angles."""
         rotary = self._rotary
+        if rotary is None:
+            return torch.zeros(self._longest, 1, 1, 0, device=local_device())
         if alpha == 1.0:
             return rotary.get_emb(self._longest)
         inv_freq = rotary.inv_freq
@@ -81,6 +84,7 @@ class Positions:
         if self._own is not None:
             parts = [self._own[i][..., span.start : span.stop] for i, span in spans]
             whole = np.concatenate(parts or [self._own[0][..., :0]], axis=-1)
+            assert self._rotary is not None, "positions of their own are those of heads that are turned"
             # Not by a call: what the layers get of the module is replaced while answers are generated.
             return self._rotary.forward(to_device(torch.from_numpy(whole), local_device())), None
         if not spans:

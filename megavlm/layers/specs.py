@@ -25,6 +25,7 @@ from megavlm.layers.cross_beside import FeatureAttention, FeatureLayer
 from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.experts import experts_mlp
 from megavlm.layers.head_norm import HeadNormSelfAttention
+from megavlm.layers.mamba import MambaMixer, MambaSubmodules
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import GatedSum, ResidualMultiplier
@@ -63,9 +64,10 @@ large on an H200 (benchmarks/gpu.md), and right for 64 to 128; wider heads get t
 class LayerKind:
     """What a layer does. A model's plan has one for each of its layers; equal kinds are built alike."""
 
-    mixer: Literal["causal", "full", "two_way", "cross"]
+    mixer: Literal["causal", "full", "two_way", "cross", "mamba"]
     """Attention in a segment: of each position to those before it and itself, to all, or to those before it and to all
-    of the span that it lies in (``layers/two_way.py``). Or to features of pictures (:func:`cross_modules`)."""
+    of the span that it lies in (``layers/two_way.py``). Or to features of pictures (:func:`cross_modules`). Or none: a
+    state that goes from position to position (:func:`mamba_modules`)."""
     head_dim: int = 0
     """Width of a head, which decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``."""
     qk_layernorm: bool = False
@@ -234,6 +236,34 @@ def _with_features(layer: ModuleSpec, norm: Any, kind: LayerKind) -> None:
     parts = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, IdentityOp, IdentityOp)
     layer.submodules.pre_cross_attn_layernorm, layer.submodules.cross_attn_bda = norm, get_bias_dropout_add
     layer.submodules.cross_attention = ModuleSpec(module=FeatureAttention, params={"shape": shape}, submodules=parts)
+
+
+def mamba_modules(
+    *, transformer_engine: bool, linears: Mapping[str, Any] | None = None, sizes: Mapping[str, int]
+) -> Modules:
+    """Return the parts of a layer whose mixer is Mamba's: a norm in front of it, and no MLP.
+
+    ``linears`` replaces ``in_proj`` and ``x_proj``; ``sizes`` are those that :class:`MambaMixer` asks for. With
+    Transformer Engine the norms are its (not run on a GPU), and the linear layers plain.
+    """
+    norm: Any = TorchNorm
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
+
+        norm = TENorm
+    chosen = linears or {}
+    parts = MambaSubmodules(
+        chosen.get("in_proj", ColumnParallelLinear), chosen.get("x_proj", RowParallelLinear), RowParallelLinear
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(module=MambaMixer, params=dict(sizes), submodules=parts),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
+    return Modules(MambaMixer, norm, layer)
 
 
 def _with_experts(

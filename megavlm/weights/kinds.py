@@ -19,6 +19,9 @@ _PIECES = (LANGUAGE, "visual_encoder", "projector")
 EVA_TOWER, Q_FORMER, PROJECTION = "eva_vit_g", "blip2", "minigpt"
 """What the pieces of a MiniGPT are called beside its language model; each is a file."""
 _EVA_FILE = "eva_vit_g.pth"
+DINO, SIGLIP, TRAINED = "dino_featurizer", "siglip_featurizer", "trained"
+"""What the pieces of a Cobra are called: two folders of timm's, and the file of what was trained."""
+COBRA_FILE = "checkpoints/latest-checkpoint.pt"
 _IN = "megavlm convert hf-to-megatron"
 
 
@@ -32,7 +35,15 @@ def pieces_of(path: Path) -> dict[str, Path]:
     The language model, and the tokenizer, are in ``llm``, or outside of the folders.
     """
     found = {name: path / name for name in _PIECES if (path / name).is_dir()}
-    return found if {"visual_encoder", "projector"} <= found.keys() else _minigpt(path)
+    return found if {"visual_encoder", "projector"} <= found.keys() else _minigpt(path) or _cobra(path)
+
+
+def _cobra(path: Path) -> dict[str, Path]:
+    """Return the pieces of a Cobra: what its code trained and saved, and timm's towers in folders beside it."""
+    found = {name: path / name for name in (DINO, SIGLIP) if (path / name).is_dir()}
+    if len(found) < 2:
+        return {}
+    return found | ({TRAINED: path / COBRA_FILE} if (path / COBRA_FILE).is_file() else {})
 
 
 def _minigpt(path: Path) -> dict[str, Path]:
@@ -76,7 +87,9 @@ def holds_model(path: Path) -> bool:
         return False
     if any((path / name).is_file() for name in ("adapter_config.json", "conversion.json")):
         return False
-    return (path / "config.json").is_file() or is_hugging_face(path) or LANGUAGE in pieces_of(path)
+    return (
+        (path / "config.json").is_file() or is_hugging_face(path) or not {LANGUAGE, TRAINED}.isdisjoint(pieces_of(path))
+    )
 
 
 # In this order: the first that holds names the directory.
@@ -111,6 +124,11 @@ _KINDS: tuple[tuple[Callable[[Path], bool], str], ...] = (
     (
         is_hugging_face,
         "weights in Hugging Face's format; convert them once: " + _IN + " --hf {path} --out CHECKPOINT",
+    ),
+    (
+        lambda path: (path / COBRA_FILE).is_file(),
+        "what Cobra's code trained, without the towers, which it takes from timm: put vit_large_patch14_reg4_dinov2 "
+        f"into {{path}}/{DINO} and vit_so400m_patch14_siglip_384 into {{path}}/{SIGLIP} (a model.safetensors each)",
     ),
     (lambda path: (path / META).is_dir(), "a data set that megavlm prepare made"),
     (lambda path: (path / "config.json").is_file(), "a Hugging Face directory without its weights; download them too"),

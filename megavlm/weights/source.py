@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.json_object import read_json
-from megavlm.weights.kinds import LANGUAGE, OUTSIDE, pieces_of, what_is
+from megavlm.weights.kinds import LANGUAGE, OUTSIDE, TRAINED, pieces_of, what_is
 from megavlm.weights.pickles import load_weights
 
 CONFIG = "config.json"
@@ -73,12 +73,13 @@ class Source:
         self.tensors: dict[str, TensorInfo] = {}
         # Of a checkpoint in pieces: each folder of weights, by its name.
         self.pieces = {name: Source(piece) for name, piece in (pieces_of(path) if path.is_dir() else {}).items()}
+        whole = not {LANGUAGE, TRAINED}.isdisjoint(self.pieces)
         self.settings: dict[str, Any] = {}
         """What a trainer's file says of its run beside the weights (``config``)."""
         self.made: dict[str, str] = {}
         """Tensors that no file has, and what they are instead: see :meth:`make`."""
         self._makers: dict[str, Callable[[], Tensor]] = {}
-        for file, expected in ({} if LANGUAGE in self.pieces else self._files(path)).items():
+        for file, expected in ({} if whole else self._files(path)).items():
             self._add(file, expected)
         for name, piece in self.pieces.items():
             self.tensors |= {f"{name}/{tensor}": info for tensor, info in piece.tensors.items()}
@@ -243,6 +244,13 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
     return handle, found
 
 
+def _flat(state: dict[Any, Any]) -> dict[Any, Any]:
+    """Return tensors of dictionaries by part (Cobra: ``projector``, ``llm_backbone``) under one name each."""
+    if not state or not all(isinstance(part, dict) for part in state.values()):
+        return state
+    return {f"{name}.{key}": value for name, part in state.items() for key, value in part.items()}
+
+
 def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo], dict[str, Any]]:
     state = load_weights(file, mmap=True)
     settings: dict[str, Any] = {}
@@ -251,6 +259,7 @@ def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo], 
             settings = state["config"] if isinstance(state.get("config"), dict) else {}
             state = state[key]
             break
+    state = _flat(state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{file}: holds no dictionary of tensors by name")
     state = {name: value.detach() for name, value in state.items()}  # some are parameters

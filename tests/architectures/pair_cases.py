@@ -127,10 +127,23 @@ MODELS["minigemini_hd"] = {  # compared whole: tests/families/minigemini_models.
 MODELS["vary"] = {  # compared whole: tests/families/vary_models.py
     "vision": {
         **{key: value for key, value in MODELS["deepseek_vl_hybrid"]["vision"].items() if "second_neck" not in key},
-        "preset": "clip_sam", "image_size": 14, "positional_grid": 2, "activation": "quick_gelu",
+        "preset": "clip_sam",
+        "image_size": 14,
+        "positional_grid": 2,
+        "activation": "quick_gelu",
         "high_output_grid": 2,
     },
-    "connector": {"preset": "two_linears"}, "image": {"kind": "crop_squash"},
+    "connector": {"preset": "two_linears"},
+    "image": {"kind": "crop_squash"},
+}
+# Compared whole: tests/families/cobra_models.py.
+MODELS["cobra"] = {
+    "vision": {
+        **_LOW, "preset": "dinov2_siglip", "image_size": 21, "positional_grid": 3, "high_image_size": 21,
+        **{f"high_{key}": value for key, value in {**_LOW, "hidden_size": 32, "num_layers": 2}.items()},
+        "high_positional_grid": 3,
+    },
+    "connector": {"preset": "mlp3x_gelu", "input_expansion": 4}, "image": {"kind": "squash_pair"},
 }  # fmt: skip
 
 

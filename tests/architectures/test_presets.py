@@ -71,6 +71,9 @@ LANGUAGE_SIZES = {
     "internlm2_5_1_8b": 1_889_110_016,
     "internlm2_5_7b": 7_737_708_544,
     "internlm2_5_20b": 19_861_149_696,
+    # What MambaForCausalLM has of the public configurations.
+    "mamba_130m": 129_135_360,
+    "mamba_2_8b": 2_768_345_600,
 }
 
 

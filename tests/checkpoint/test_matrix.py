@@ -43,16 +43,22 @@ _CONVNEXT = {"image_size": 32, "depths": [1, 1, 2], "widths": [16, 24, 48], "fea
 TOWERS = {
     "sam": {**_SAM, "init_method_std": 0.1},
     "vit_sam": SMALL["vision"] | {f"high_{key}": value for key, value in _SAM.items()},
+    # As many places as the first tower's map has at either size of its patches, or twice as many.
+    "vit_vit": SMALL["vision"]
+    | {f"high_{key}": value for key, value in SMALL["vision"].items()}
+    | {"high_patch_size": 8, "high_positional_grid": 4},
     "convnext": {**_CONVNEXT, "init_method_std": 0.1},
     # The second tower's maps in twice the places that the first one's have.
     "vit_convnext": SMALL["vision"]
     | {f"high_{key}": value for key, value in _CONVNEXT.items()}
     | {"high_feature_stages": [2, 3]},
-    "vit_vit": SMALL["vision"]
-    | {f"high_{key}": value for key, value in SMALL["vision"].items()}
-    | {"high_image_size": 64, "high_positional_grid": 4},
 }
 """Sizes of towers that have other keys than a ViT, by architecture."""
+LANGUAGES = {
+    "mamba": {"num_layers": 6, "hidden_size": 64, "intermediate_size": 96, "time_step_rank": 5, "state_size": 4}
+    | {"vocab_size": VOCABULARY, "vocab_divisor": 1, "init_method_std": 0.1},
+}
+"""Sizes of language models that have other keys than a decoder, by architecture."""
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 Q_FORMER = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
 OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
@@ -132,6 +138,8 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
             small = small | EXPERTS
             if isinstance(own.find(name).values.get("moe_layer_freq"), list | tuple):  # of as many layers as it has
                 small["moe_layer_freq"] = [0, 1, 0, 1, 1, 1]
+        if kind == "language":
+            small = LANGUAGES.get(own.find(name).architecture.name, small)
         if kind == "vision":
             small = _tower(name)
         tree[kind] = {"preset": name, **small}
@@ -139,7 +147,8 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         tree["vision"]["spatial_merge_size"] = 1
     if dense(connector):
         tree["vision"]["feature_layers"] = [0, 1, 2]
-    if registry.LANGUAGE.find(language).values.get("use_parallel_residual"):  # adds no levels behind its layers
+    beside = registry.LANGUAGE.find(language).values.get("use_parallel_residual")
+    if beside or tree["language"].keys() >= {"time_step_rank"}:  # adds no levels behind its layers
         tree["vision"].pop("deepstack_layers", None)
     whole = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
     # It makes one token of several patches; blocks are that large whatever becomes of them.
@@ -276,7 +285,9 @@ def check(layout: str, number: int, root: Path) -> None:
     if layout == "tied-pp2" and "lm_head_bias" in registry.LANGUAGE.find(model["language"]["preset"]).values:
         model["language"]["lm_head_bias"] = False  # the embedding has none
     if layout == "tp4":  # more ranks than key/value heads
-        if not registry.LANGUAGE.find(model["language"]["preset"]).values.get("head_layernorm"):  # which shares none
+        language = model["language"]
+        shares = not registry.LANGUAGE.find(language["preset"]).values.get("head_layernorm")
+        if shares and "num_query_groups" in language:
             model["language"]["num_query_groups"] = 2
         # The ranks hold towers whole, which they do not divide, and connectors.
         uneven = {"num_attention_heads": 3, "ffn_hidden_size": 97}

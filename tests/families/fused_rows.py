@@ -6,6 +6,7 @@ from typing import Any
 
 from blip2_models import blip2_rows
 from chameleon_rows import chameleon_rows
+from cobra_rows import cobra_rows
 from cogvlm_rows import cogagent_row, cogvlm_rows
 from minigemini_rows import minigemini_rows
 from minigpt_models import minigpt_rows
@@ -19,6 +20,7 @@ def fused_rows(header: Any, targets: Any, planned: Any) -> dict[str, WholeFamily
         **minigemini_rows(header, targets, planned),
         **blip2_rows(targets, planned),
         **minigpt_rows(header, planned),
+        **cobra_rows(header, planned),
         **cogvlm_rows(header, planned),
         **vary_rows(header, planned),
         **chameleon_rows(targets, planned),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_round_trips import CASES, make
 
 from megavlm.checkpoint.hf.given import open_directory, understand
+from megavlm.checkpoint.hf.pickled import by_part
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
 from megavlm.cli import main
 from megavlm.families.known import FAMILIES
@@ -25,7 +26,10 @@ SHORT = ("llava", "bunny", "tinyllava", "minicpm_v_2", "gemma3", "hpt")
 """Families of which ``make test`` tries it; of the others test-families does."""
 FIRST = {family: case for case, family in reversed(CASES.items())}
 """A checkpoint of each family."""
-NAMES_OF_PARTS = ("model_type", "mm_projector_type", "connector_type", "mm_vision_tower", "image_projector_type")
+NAMES_OF_PARTS = (
+    "model_type", "mm_projector_type", "connector_type", "mm_vision_tower", "image_projector_type", "arch_specifier",
+    "vision_backbone_id", "llm_backbone_id",
+)  # fmt: skip
 NAMELESS = ("minicpm_v", "minicpm_v_2", "qwen_vl", "cogvlm", "cogagent", "vary")
 """Families whose config.json names no part: their code has one of each."""
 OTHER = "no_such_part"
@@ -89,12 +93,18 @@ def weights(source: Path, tensor: str | None = None) -> Path:
     """Return the file of a tensor, or of the connector's weights, which all makers but those of pieces write one of."""
     if tensor is not None and tensor.partition("/")[0] in Source(source).pieces:
         return Source(source).tensors[tensor].file
-    pieces = (source / "projector" / "model.safetensors", source / "pretrained_minigpt.pth")
+    pieces = (
+        source / "projector" / "model.safetensors",
+        source / "pretrained_minigpt.pth",
+        source / "checkpoints" / "latest-checkpoint.pt",
+    )
     return next((piece for piece in pieces if piece.exists()), source / "model.safetensors")
 
 
 def loaded(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file; those of a ``.pth`` stand under a key."""
+    """Return the tensors of a file; those of a ``.pth`` stand under a key, Cobra's by part."""
+    if path.suffix == ".pt":
+        return {f"{part}.{key}": one for part, own in torch.load(path)["model"].items() for key, one in own.items()}
     state: dict[str, Any] = torch.load(path)["model"] if path.suffix == ".pth" else load_file(path)
     return state
 
@@ -103,6 +113,8 @@ def save(state: dict[str, torch.Tensor], path: Path) -> None:
     """Write them as they were."""
     if path.suffix == ".pth":
         torch.save({"model": state}, path)
+    elif path.parent.name == "checkpoints":
+        torch.save({"model": by_part(state)}, path)
     elif path.suffix == ".safetensors":
         save_file(state, path, metadata={"format": "pt"})
     else:
@@ -117,6 +129,8 @@ def towards_the_tower(name: str, source: Path) -> tuple[str, int]:
     with alone():
         rules = make_rules(family, model, family.style_of(opened), family_slots(family, model))
     width, embed = model.vision.hidden_size, model.language.hidden_size
+    if name == "cobra":  # whose projector takes both towers' features side by side
+        width = model.vision.feature_size
     for rule in rules:
         if not rule.row.ours[0].startswith("connector."):
             continue
@@ -149,7 +163,7 @@ def test_what_no_row_knows_and_a_lora_beside(name: str, tmp_path: Path, capsys: 
     """A ``.bin`` with a tensor more than the table, then an adapter beside whole weights."""
     source = make(FIRST[name], tmp_path / "hf")
     path = weights(source)
-    if path.suffix == ".pth":
+    if path.suffix == ".pth" or path.parent.name == "checkpoints":
         state = loaded(path)
     elif path.exists():
         state = load_file(path)

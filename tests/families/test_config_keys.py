@@ -61,6 +61,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "optimize_vision_tower_aux",
         "image_grid_pinpoints",
     ),
+    # Of a training, and a name; what its tokenizer cuts texts to.
+    "cobra": ("model/model_id", "model/llm_max_length", "stage", "seed"),
     "llava_original": ("unfreeze_mm_vision_tower", "mm_patch_merge_type"),
     # A number that stands for a picture before features take its place; names of classes, which vision_config says too.
     "tinyllava": ("image_token_index", "vision_model_name_or_path", "vision_config/model_name_or_path2"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from blip2_models import BLIP2
 from chameleon_models import CHAMELEON
+from cobra_models import COBRA
 from cogagent_models import COGAGENT
 from cogvlm_models import COGVLM
 from deepseek_models import DEEPSEEK
@@ -60,6 +61,7 @@ OTHERS = (
     | COGVLM
     | CHAMELEON
     | COGAGENT
+    | COBRA
     | TOWERS
     | BLIP2
     | MINIGPT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from text_cases import ELSEWHERE, EXPERTS, LENGTHS, ROWS, branches_of, compare_all, kinds, recipe_of
+from text_cases import ELSEWHERE, EXPERTS, LENGTHS, OTHERS, ROWS, branches_of, compare_all, kinds, recipe_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megavlm.config.errors import UserError
+from megavlm.families.known import FAMILIES
+from megavlm.families.mamba import mamba_language
 from megavlm.families.text import TEXT_KINDS, no_half
 from megavlm.families.text_kinds import chosen
 from megavlm.weights.source import Source
@@ -31,10 +34,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
 
 def test_every_kind_has_a_row() -> None:
     assert kinds() == {row.preset for row in ROWS.values()} | ELSEWHERE
-    assert TEXT_KINDS.keys() == kinds() - ELSEWHERE
+    assert TEXT_KINDS.keys() == kinds() - ELSEWHERE - OTHERS
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.preset not in OTHERS])
 def test_a_configuration_that_is_written_anew_says_the_same(
     name: str, written: tuple[Path, dict[str, dict[str, Any]]]
 ) -> None:
@@ -53,6 +56,29 @@ def test_a_configuration_that_is_written_anew_says_the_same(
     with torch.no_grad():
         logits = torch.cat([again(input_ids=one[None]).logits[0] for one in found.get("ids").split(LENGTHS)])
     torch.testing.assert_close(logits, found.get("logits"), rtol=0, atol=1e-5)
+
+
+def test_mambas_configuration_that_is_written_anew_says_the_same(
+    written: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    """Also to Transformers; what it cannot say is refused."""
+    folder, branches = written
+    model = recipe_of(branches["mamba"], {}).model
+    tree = FAMILIES["mamba"].config(model, {})
+    assert mamba_language(tree, "config.json") == branches["mamba"] and FAMILIES["mamba"].refusal(model) is None
+    config = AutoConfig.for_model(**{key: value for key, value in tree.items() if key != "architectures"})
+    assert (config.intermediate_size, config.time_step_rank) == (128, 5)
+    again = AutoModelForCausalLM.from_pretrained(folder / "mamba", config=config)
+    found = Source(folder / "mamba.safetensors")
+    with torch.no_grad():
+        logits = torch.cat([again(input_ids=one[None]).logits[0] for one in found.get("ids").split(LENGTHS)])
+    torch.testing.assert_close(logits, found.get("logits"), rtol=0, atol=1e-5)
+    for change in ({"use_bias": True}, {"residual_in_fp32": False}, {"time_step_floor": 1e-3}, {"hidden_size": None}):
+        with pytest.raises(UserError, match=next(iter(change))):
+            mamba_language({**tree, **change}, "config.json")
+    wide = dataclasses.replace(model, language=dataclasses.replace(model.language, intermediate_size=96))
+    assert "no multiple of hidden_size" in str(FAMILIES["mamba"].refusal(wide))
+    assert "architecture mamba" in str(FAMILIES["llama"].refusal(model))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +157,9 @@ def test_all_kinds_at_one_process(written: tuple[Path, dict[str, dict[str, Any]]
 def test_layers_that_are_recomputed(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """Of those that are more than Megatron-Core's own: side by side, norms behind branches, multiplied branches."""
     folder, branches = written
-    own = {name: branches[name] for name in ("phi", "gemma3_text", "minicpm")}
+    own = {name: branches[name] for name in ("phi", "gemma3_text", "minicpm", "mamba")}
     assert compare_all(own, str(folder), {"recompute_granularity": "full"}).keys() == own.keys()
+    del own["mamba"]  # which has no attention to make again
     assert compare_all(own, str(folder), {"recompute_granularity": "selective"}).keys() == own.keys()
 
 

@@ -31,6 +31,8 @@ from transformers import (  # noqa: E402
     Glm4ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -163,6 +165,12 @@ def glm4_moe() -> Any:
     return model
 
 
+def mamba() -> Any:
+    """Mamba: no attention and no MLP; a rank of the step sizes that two do not divide."""
+    keys = {"hidden_size": 64, "num_hidden_layers": 4, "state_size": 8, "time_step_rank": 5, "vocab_size": VOCAB}
+    return made(MambaForCausalLM, MambaConfig(**keys, pad_token_id=0, eos_token_id=1))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A row: the kind's preset, its model, and the family that its checkpoints are of."""
@@ -187,6 +195,7 @@ ROWS: dict[str, Kind] = {
     "stablelm_parallel": Kind("stablelm", stablelm_parallel, "stablelm"),
     "minicpm": Kind("minicpm", minicpm, "minicpm"),
     "internlm2": Kind("internlm2", internlm2, "internlm2"),
+    "mamba": Kind("mamba", mamba, "mamba"),
     "qwen3_moe": Kind("qwen3_moe", qwen3_moe, "qwen3_moe"),
     "qwen3_moe_unnormed": Kind("qwen3_moe", qwen3_moe_unnormed, "qwen3_moe"),
     "mixtral": Kind("mixtral", mixtral, "mixtral"),
@@ -196,6 +205,8 @@ EXPERTS = ("qwen3_moe", "qwen3_moe_unnormed", "mixtral", "glm4_moe")
 """Rows with experts."""
 ELSEWHERE = {"qwen"}
 """Kinds that other tests hold: Qwen v1 (tests/models/test_reference.py)."""
+OTHERS = {"mamba"}
+"""Kinds that are of another architecture than the decoders', and no half of a composed model."""
 
 
 def recipe_of(branch: dict[str, Any], layout: dict[str, Any]) -> Recipe:
@@ -363,10 +374,11 @@ def shard(whole: Tensor, parameter: nn.Parameter, key: str) -> Tensor:
 
 
 def kinds() -> set[str]:
-    """Return the presets that fix what a kind of decoder has."""
+    """Return the presets that fix what a kind of language model has."""
     from megavlm.architectures.decoders.decoder.presets import KINDS
+    from megavlm.architectures.decoders.mamba.presets import KINDS as MAMBA
 
-    return set(KINDS)
+    return {*KINDS, *MAMBA}
 
 
 def branches_of(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -438,7 +438,7 @@ ROWS: dict[str, WholeFamily] = {
         )
         for family in (
             "phi", "phi3", "gemma", "gemma3_text", "glm4", "stablelm", "minicpm", "internlm2", "qwen3_moe", "mixtral",
-            "glm4_moe",
+            "glm4_moe", "mamba",
         )
     },
     "mm_projector": part(Lack("one file: test_llava_original.py"), "a connector alone; numbers are those of llava"),

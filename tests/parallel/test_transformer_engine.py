@@ -37,6 +37,8 @@ TOWER = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_attention_he
 DECODER: dict[str, Any] = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4}
 DECODER |= {"num_query_groups": 2, "kv_channels": 64, "vocab_size": 512, "max_position_embeddings": 2048}
 
+MAMBA = {"num_layers": 2, "hidden_size": 256, "intermediate_size": 512, "time_step_rank": 16, "vocab_size": 512}
+
 
 def tower(name: str) -> dict[str, Any]:
     """Return the branch of a preset with two layers, else as large as it is."""
@@ -46,6 +48,8 @@ def tower(name: str) -> dict[str, Any]:
 
 def decoder(name: str, **values: Any) -> dict[str, Any]:
     """Return the branch of a preset made small."""
+    if registry.LANGUAGE.find(name).architecture.name == "mamba":
+        return {"language": {**MAMBA, "preset": name, **values}}
     return {"language": {**DECODER, "preset": name, **values}}
 
 
@@ -63,7 +67,11 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"tower {name}": {"model": tower(name)} for name in TOWERS},
     **{f"tower {name} in FP8": {"model": tower(name), "engine": ALL_FP8} for name in TOWERS},
     **{f"language {name}": {"model": decoder(name)} for name in registry.LANGUAGE.names()},
-    **{f"language {name} in FP8": {"model": decoder(name), "engine": FP8} for name in registry.LANGUAGE.names()},
+    **{
+        f"language {name} in FP8": {"model": decoder(name), "engine": FP8}
+        for name in registry.LANGUAGE.names()
+        if registry.LANGUAGE.find(name).architecture.products is not None
+    },
     **{f"connector {name}": {"model": connector(name)} for name in BEHIND},
     **{f"connector {name} in FP8": {"model": connector(name), "engine": ALL_FP8} for name in BEHIND},
     **{

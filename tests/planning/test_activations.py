@@ -27,6 +27,10 @@ MANY = {"num_moe_experts": 16, "moe_router_topk": 4, "moe_layer_freq": 1}
 LOSSES = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
 
 
+MAMBA: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "time_step_rank": 5, "num_layers": 3}
+MAMBA = {"preset": "tiny", "language": {"preset": "mamba", **MAMBA, "vocab_size": 512}}
+
+
 def told(model: dict[str, Any], **language: Any) -> dict[str, Any]:
     return {**model, "language": {**model["language"], **language}}
 
@@ -64,6 +68,10 @@ CASES: dict[str, dict[str, Any]] = {
     "experts-frozen": {"model": EXPERTS, "modules": {"language": FROZEN}},
     "lora-of-experts": {"model": EXPERTS, "lora": ALL, "modules": BESIDE},
     "lora-of-experts-bf16": {**BF16, "model": EXPERTS, "lora": PARTS, "modules": BESIDE},
+    "mamba": {"model": MAMBA},
+    "mamba-bf16": {**BF16, "model": MAMBA},
+    "mamba-full": {"model": MAMBA, "parallel": {"recompute_granularity": "full"}},
+    "lora-of-mamba": {**BF16, "model": MAMBA, "lora": ALL, "modules": BESIDE},
     "qlora": {**BF16, "lora": {**QWEN, "quantize": "nf4"}, "modules": BESIDE},
 }
 

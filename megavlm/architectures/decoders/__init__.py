@@ -1,3 +1,3 @@
 """Language models: one folder each, named here."""
 
-FOLDERS = ("decoder",)
+FOLDERS = ("decoder", "mamba")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megavlm.config.schema import ModelConfig
 from megavlm.families.family import Family
@@ -21,6 +24,15 @@ def write_pickle(partial: Path, name: str) -> int:
     return 1
 
 
+def by_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return tensors in a dictionary for each part, which their names begin with."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        found.setdefault(part, {})[rest] = tensor
+    return found
+
+
 def write_pieces(partial: Path, family: Family, model: ModelConfig) -> int:
     """Put what was written of each piece that is one file into that; return how many files there are more."""
     more = 0
@@ -28,8 +40,12 @@ def write_pieces(partial: Path, family: Family, model: ModelConfig) -> int:
         if not (partial / folder).is_dir():
             continue
         source = Source(partial / folder)
-        state = {one: source.get(one).clone() for one in source.tensors}
-        torch.save(state if key is None else {key: state, "config": family.settings(model)}, partial / name)
+        state: Mapping[str, Any] = {one: source.get(one).clone() for one in source.tensors}
+        (partial / name).parent.mkdir(exist_ok=True)
+        state = by_part(state) if family.nested_pickles else state
+        settings = family.settings(model)
+        told = {"config": settings} if settings else {}
+        torch.save(state if key is None else {key: state, **told}, partial / name)
         more += 1 - len({info.file for info in source.tensors.values()})
         shutil.rmtree(partial / folder)
     return more

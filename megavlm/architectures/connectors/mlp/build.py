@@ -10,7 +10,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megavlm.architectures.connectors.mlp.config import MLPConfig
+from megavlm.architectures.connectors.mlp.config import MLPConfig, widths
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
 from megavlm.layers.stack import linear_stack, run_stack
@@ -24,12 +24,12 @@ class MLPConnector(MegatronModule):
     """
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
-        width, embed, connector = model.vision.feature_size, model.language.hidden_size, model.connector
+        embed, connector = model.language.hidden_size, model.connector
         assert isinstance(connector, MLPConfig)
         config = context.headless_config("connector", embed, connector.init_method_std)
         super().__init__(config=config)
         self.first = int(connector.drop_first_feature)
-        self.layers = linear_stack([width] + [embed] * connector.depth, config)
+        self.layers = linear_stack(widths(model), config)
         # Rounded to the weights' type first, as that of embeddings is.
         self.multiplier = torch.tensor(connector.output_multiplier, dtype=context.dtype, device="cpu").item()
 

@@ -29,6 +29,10 @@ class MLPConfig(ConnectorConfig):
     """What the tokens are multiplied by: systems that multiply their language model's embeddings behind the place where
     pictures come in (Bunny on MiniCPM, Mipha on Gemma) multiply both; see model.language.embedding_multiplier."""
 
+    input_expansion: int | None = Field(default=None, gt=0, le=1000)
+    """What the first layer gives is so many times as wide as a feature (Cobra's fused projector: 4), and not as the
+    language model; null for that. It goes with two layers or more."""
+
     @property
     def packed(self) -> bool:
         """It looks at no patch's neighbours."""
@@ -66,6 +70,11 @@ def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
     assert isinstance(connector, MLPConfig)
     if connector.depth > _DEEPEST:
         yield (f"{_OWN}.preset: {connector.preset[:40]} has more layers than a connector has; take at most {_DEEPEST}")
+    if connector.input_expansion is not None and connector.depth < 2:
+        yield f"{_OWN}.input_expansion: {connector.preset} is one layer, which makes tokens; set it to null"
+    elif connector.input_expansion is not None:
+        tp, width = layout.tensor_model_parallel_size, connector.input_expansion * model.vision.feature_size
+        yield from divides(f"{_OWN}.input_expansion", width, tp, TP)
     if connector.drop_first_feature and (model.vision.packed or model.vision.patches_per_image < 2):
         yield (
             f"{_OWN}.drop_first_feature: goes with a tower of equal squares that makes two features of a picture or"
@@ -79,10 +88,21 @@ def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
     yield from divides("model.language.hidden_size", model.language.hidden_size, layout.tensor_model_parallel_size, TP)
 
 
+def widths(model: ModelConfig) -> list[int]:
+    """Return the width of the features, and of what each layer gives."""
+    connector, width = model.connector, model.vision.feature_size
+    assert isinstance(connector, MLPConfig)
+    given = [model.language.hidden_size] * connector.depth
+    if connector.input_expansion is not None:
+        given[0] = connector.input_expansion * width
+    return [width, *given]
+
+
 def products(model: ModelConfig, tp: int) -> tuple[tuple[str, int, int], ...]:
     """Return the sizes of the connector's matrix products: key, number, ranks that share it."""
     return (
         ("model.vision.hidden_size", model.vision.feature_size, 1),
         ("model.language.hidden_size", model.language.hidden_size, tp),
+        *(("model.connector.input_expansion", width, tp) for width in widths(model)[1:2]),
         ("model.vision.image_size", model.tokens_per_view, 1),
     )

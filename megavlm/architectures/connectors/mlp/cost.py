@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from megavlm.architectures.connectors.mlp.config import MLPConfig
+from megavlm.architectures.connectors.mlp.config import MLPConfig, widths
 from megavlm.architectures.cost import Kernels, Parameter, Pictures, Work
 from megavlm.architectures.stack import stack_kept, stack_parameters, stack_work
 from megavlm.config.schema import ModelConfig
-
-
-def _widths(model: ModelConfig) -> list[int]:
-    """Return the width of the features, and of what each layer gives."""
-    assert isinstance(model.connector, MLPConfig)
-    return [model.vision.feature_size] + [model.language.hidden_size] * model.connector.depth
 
 
 def _tokens(model: ModelConfig, pictures: Pictures) -> float:
@@ -22,14 +16,14 @@ def _tokens(model: ModelConfig, pictures: Pictures) -> float:
 
 def parameters(model: ModelConfig, tensor: int) -> list[Parameter]:
     """Return the parameters on one rank."""
-    return [Parameter(elements) for elements in stack_parameters(_widths(model), tensor)]
+    return [Parameter(elements) for elements in stack_parameters(widths(model), tensor)]
 
 
 def work(model: ModelConfig, pictures: Pictures) -> Work:
     """Return the operations of a forward pass."""
-    return Work(stack_work(_widths(model), _tokens(model, pictures)))
+    return Work(stack_work(widths(model), _tokens(model, pictures)))
 
 
 def kept(model: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
     """Return the bytes that it keeps: its input, and what lies around each activation."""
-    return _tokens(model, pictures) * kernels.number_bytes * stack_kept(_widths(model), tensor, learns=learns)
+    return _tokens(model, pictures) * kernels.number_bytes * stack_kept(widths(model), tensor, learns=learns)

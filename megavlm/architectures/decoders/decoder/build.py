@@ -27,7 +27,7 @@ from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ParallelConfig
+from megavlm.config.schema import LanguageConfig, ParallelConfig
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
 from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
 from megavlm.layers.scale import NormedSum
@@ -161,13 +161,13 @@ def _features(language: DecoderConfig) -> tuple[int, int, int] | None:
     return None if features is None or width is None else (heads, width // heads, features)
 
 
-def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
+def padded_vocab_size(language: LanguageConfig, context: BuildContext) -> int:
     """Return the vocabulary rounded up to a multiple of ``vocab_divisor`` x TP, as Megatron pads it."""
     multiple = language.vocab_divisor * context.parallel.tensor_model_parallel_size
     return -(-language.vocab_size // multiple) * multiple
 
 
-def _mask_padding(model: GPTModel, vocab_size: int) -> None:
+def mask_padding(model: GPTModel, vocab_size: int) -> None:
     """Take the rows that pad the vocabulary out of the softmax.
 
     How many there are follows from TP; without this, the loss would too, and differ from the checkpoint's own.
@@ -291,7 +291,7 @@ def build(
         _multiply_embeddings(model, language.embedding_multiplier, context.dtype)
     if post_process:
         _finish_head(model, language, context)
-        _mask_padding(model, language.output_rows)
+        mask_padding(model, language.output_rows)
         if language.picture_tokens is not None:
             _mask_pictures(model, *language.picture_tokens)
     # The routers keep their biases; they are moved behind a step that was made (training/experts.py), and not by

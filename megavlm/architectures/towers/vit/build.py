@@ -124,8 +124,8 @@ class VisionTransformer(MegatronModule):
             3, width, vision.patch_size, stride=vision.patch_size, bias=vision.conv_bias, dtype=dtype
         )
         # Kept at its own size and interpolated in every forward pass: a larger table could not be exported.
-        # With a class token, row 0 is its position.
-        rows = vision.positional_grid**2 + int(vision.class_token)
+        # With a class token that has a position, that is row 0.
+        rows = vision.positional_rows
         self.positional_embedding = torch.nn.Parameter(torch.empty(rows, width, dtype=dtype))
         self.class_embedding = torch.nn.Parameter(torch.empty(width, dtype=dtype)) if vision.class_token else None
         self.register_embedding: Any = None
@@ -240,7 +240,9 @@ class VisionTransformer(MegatronModule):
         table: Tensor = self.positional_embedding
         antialias, first = self.settings.positional_antialias, list[Tensor]()
         if self.class_embedding is not None:
-            class_W, table = self.class_embedding + table[0], table[1:]
+            class_W: Tensor = self.class_embedding
+            if self.settings.class_position:
+                class_W, table = class_W + table[0], table[1:]
             first.append(class_W.expand(1, x_PNW.size(1), -1))
         x_PNW = x_PNW + resize_table(table, self.grid, antialias=antialias).unsqueeze(1)
         if self.register_embedding is not None:

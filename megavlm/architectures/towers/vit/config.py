@@ -58,6 +58,9 @@ class ViTConfig(VisionConfig):
     class_token: bool = False
     """Whether a learned class token goes through the layers beside the patches (CLIP); its output is dropped, unless
     class_feature says else."""
+    class_position: bool = True
+    """With class_token: whether it has a row of the positional table, in front of the others (not in timm's DINOv2 with
+    registers, whose class token has its position in it)."""
     class_feature: bool = False
     """With class_token: its output stands in front of those of the patches, for connectors that look at features
     whatever their place (BLIP-2's Q-Former)."""
@@ -121,6 +124,11 @@ class ViTConfig(VisionConfig):
     def tiles(self) -> int:
         """What goes through the layers of one picture: itself, or the tiles of all its sizes."""
         return sum((side // self.tile_size) ** 2 for side in self.s2_scales or (self.tile_size,))
+
+    @property
+    def positional_rows(self) -> int:
+        """Rows of the positional table."""
+        return self.positional_grid**2 + int(self.class_token and self.class_position)
 
     @property
     def deepstack(self) -> int:
@@ -207,6 +215,8 @@ def _layers(vision: ViTConfig) -> Iterator[str]:
             f"{_OWN}.class_feature: needs {_OWN}.class_token, without {_OWN}.register_tokens and {_OWN}.s2_scales; set"
             " it to false, or these to true, 0 and null"
         )
+    if not vision.class_position and not vision.class_token:
+        yield f"{_OWN}.class_position: there is no class token without {_OWN}.class_token; leave it out"
     if vision.post_layernorm_epsilon is not None and not vision.post_layernorm:
         yield f"{_OWN}.post_layernorm_epsilon: there is no such norm without {_OWN}.post_layernorm; leave it out"
     if vision.branch_norms == "behind" and vision.layer_scale:

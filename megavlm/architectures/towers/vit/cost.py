@@ -25,7 +25,7 @@ def _fc1(vision: ViTConfig) -> int:
 def parameters(vision: ViTConfig, tensor: int) -> list[Parameter]:
     """Return the parameters on one rank."""
     width, ffn = vision.hidden_size, vision.ffn_hidden_size
-    shapes = [3 * vision.patch_size**2 * width, (vision.positional_grid**2 + int(vision.class_token)) * width]
+    shapes = [3 * vision.patch_size**2 * width, vision.positional_rows * width]
     shapes += [width] * int(vision.conv_bias) + [width] * int(vision.class_token)
     shapes += [vision.register_tokens * width] * int(vision.register_tokens > 0)
     shapes += [vision.positional_grid**2 * width] * int(vision.feature_table)

@@ -166,6 +166,34 @@ DINOV2_VISION = Table(
 )
 """DINOv2 as Transformers writes it: with a gate, both of the MLP's first layers are one (``weights_in``)."""
 
+TIMM_DINOV2_VISION = Table(
+    part="vision",
+    ours=_VIT_LAYER,
+    theirs="{tower}blocks.{}.",
+    layer=(
+        *both("input_layernorm", "norm1"),
+        *both("self_attention.linear_qkv", "attn.qkv", QKV_BLOCKS),
+        *both("self_attention.linear_proj", "attn.proj"),
+        row("self_attn_bda.weight", "ls1.gamma"),
+        *both("pre_mlp_layernorm", "norm2"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+        row("mlp_bda.weight", "ls2.gamma"),
+    ),
+    rest=(
+        row("class_embedding", "{tower}cls_token", TWO_AXES),
+        row("register_embedding", "{tower}reg_token", ONE_AXIS),
+        row("positional_embedding", "{tower}pos_embed", ONE_AXIS),
+        *both("conv1", "{tower}patch_embed.proj"),
+        *both("ln_post", "{tower}norm"),
+    ),
+    aside=(
+        Aside(r"{tower}norm\.(weight|bias)", "norm behind layers that are not used", carried=True),
+        Aside(r"{tower}blocks\.(\d+)\..*", _BEHIND, carried=True, behind=True),
+    ),
+)
+"""DINOv2 with registers as timm writes it, whose class token has no row of the table."""
+
 EVA02_VISION = Table(
     part="vision",
     ours=_VIT_LAYER,

@@ -12,13 +12,12 @@ from megavlm.architectures.towers.vit.config import rules as second_rules
 from megavlm.config.fields import config_class
 from megavlm.config.schema import ParallelConfig
 
-_OWN = "model.vision"
 _Second: Any = second_keys(ViTConfig)
 
 
 @config_class
 class ViTViTConfig(PairConfig, _Second):
-    """The vision tower: a ViT, and another one, which sees each picture larger."""
+    """The vision tower: two ViTs, which see one picture, at one size or at two."""
 
     @property
     def high(self) -> ViTConfig:
@@ -29,12 +28,11 @@ class ViTViTConfig(PairConfig, _Second):
 
 def rules(vision: ViTViTConfig, layout: ParallelConfig) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""
+    for name in ("deepstack_layers", "s2_scales", "class_feature"):
+        if getattr(vision.high, name):
+            yield f"model.vision.high_{name}: is for a tower that stands alone; leave it out"
+            return
     yield from pair_rules(vision, layout, second_rules)
-    if vision.high.class_feature or vision.high.deepstack:
-        yield (
-            f"{_OWN}.high_class_feature, {_OWN}.high_deepstack_layers: go with one tower, and {vision.preset} has two;"
-            " set them to false and []"
-        )
 
 
 def products(vision: ViTViTConfig, tp: int) -> tuple[tuple[str, int, int], ...]:
