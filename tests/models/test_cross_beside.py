@@ -215,7 +215,7 @@ def test_the_planner_knows_what_they_keep() -> None:
         ({}, {"vision": {"high_to": "connector"}}, "features of 24 numbers, and the tower gives them none"),
         ({}, {"connector": {"preset": "pixel_shuffle"}}, "pixel_shuffle makes no slot of each patch"),
         ({}, {"vision": {"positional_grid": 3}}, "feature_table: has a row for each patch, and pictures have 2 x 2"),
-        ({}, {"image": {"kind": "squash"}}, "set it to fit_pair or squash_pair"),
+        ({}, {"image": {"kind": "squash"}}, "set it to fit_pair, crop_squash or squash_pair"),
     ],
 )
 def test_what_is_refused(keys: dict[str, Any], front: dict[str, Any], line: str) -> None:
