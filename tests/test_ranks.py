@@ -100,7 +100,7 @@ def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(tmp_path / "files")}
     process = subprocess.Popen([sys.executable, "-c", program], env=env)
     # Its server imports for ten seconds of a processor, which a busy machine takes minutes to give.
-    until(lambda: len([file for file in (tmp_path / "pids").iterdir() if not file.suffix]) == 2, 240)
+    until(lambda: len([file for file in (tmp_path / "pids").iterdir() if not file.suffix]) == 2)
     pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     pids += [int(pid) for file in (tmp_path / "pids").iterdir() for pid in file.read_text().split()]
     assert len(set(pids)) >= 8  # server, supervisor, and of each rank itself and two helpers

@@ -21,7 +21,7 @@ from megatron.core import parallel_state as mpu
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from megavlm.parallel.device import local_device
+from megavlm.parallel.device import has_kernels, local_device
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,10 @@ def common_length(length: int) -> int:
 
     A collective where EP > 1 and several ranks share an expert: over gloo these gather each other's tokens, also those
     of other replicas, and what is gathered must be equally much from each (Megatron-Core's ``allgather`` dispatcher).
+    With kernels it is ``alltoall``, which asks for no such thing.
     """
-    if mpu.get_expert_model_parallel_world_size() == 1 or mpu.get_expert_tensor_parallel_world_size() == 1:
+    sizes = mpu.get_expert_model_parallel_world_size(), mpu.get_expert_tensor_parallel_world_size()
+    if has_kernels() or 1 in sizes:
         return length
     longest = torch.tensor([length], device=local_device())
     dist.all_reduce(longest, dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())
