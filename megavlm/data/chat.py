@@ -119,8 +119,8 @@ def last_question(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
     )
     if before:
         start = max(at for at in range(len(ids)) if ids[at : at + len(before)] == before) + len(before)
-    else:  # nothing but the beginning, and pictures
-        slots = [at for at, token in enumerate(ids) if token == tokenizer.imgpad_id]
+    else:  # nothing but the beginning, and pictures, where these stand first
+        slots = [at for at, token in enumerate(ids) if token == tokenizer.imgpad_id and template.images_first]
         start = max(len(_ids_of(template.begin, tokenizer)), *(at + 1 for at in slots[-1:]), 0)
     turn = ids[start : len(ids) - len(lead)]
     behind = _ids_of(template.user[template.user.index(TEXT) + 1 :][:1], tokenizer)

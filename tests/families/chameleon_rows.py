@@ -34,7 +34,7 @@ def chameleon_rows(targets: tuple[str, ...], planner: Mapping[str, float]) -> di
             presets={"chameleon_7b": Published("7.04B"), "chameleon_34b": Published("34.32B")},
             built=_built,
             recipes=Lack("its authors published no scripts; any/sft trains it, with modules.vision frozen or not"),
-            headers=Lack("there are no recipes"),
+            headers=Lack("its authors published no training script, so there are no recipes"),
             planner=planner,
         )
     }

@@ -403,7 +403,7 @@ ROWS: dict[str, WholeFamily] = {
         answers=Lack("Transformers has no class for it: answers are held against the written-out one, in `source`"),
         built=Lack("no class to build: counted from the published definition in test_llava_onevision1_5.py"),
     ),
-    "internvl_chat": layout_of("internvl", ("internvl_chat",), template="internvl2_5",
+    "internvl_chat": layout_of("internvl", ("internvl_chat", "internvl_chat_moe"), template="internvl2_5",
                                image={"kind": "dynamic_tiles", "max_tiles": 12}),
     "llava_original": layout_of(
         "llava",
