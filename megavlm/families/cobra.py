@@ -23,8 +23,10 @@ from megavlm.architectures.connectors.mlp.tables import SEQUENTIAL_PROJECTOR
 from megavlm.architectures.decoders.mamba.tables import MAMBA_LANGUAGE
 from megavlm.architectures.pair_tables import high_table, low_table
 from megavlm.architectures.towers.vit.tables import TIMM_DINOV2_VISION, TIMM_VISION
+from megavlm.architectures.towers.vit_vit.config import ViTViTConfig
 from megavlm.architectures.towers.vit_vit.presets import KINDS
 from megavlm.config.errors import UserError
+from megavlm.config.fields import Meaning, meaning_of
 from megavlm.config.schema import ModelConfig
 from megavlm.families.common import expect
 from megavlm.families.family import Family, Tree, config_file
@@ -57,7 +59,7 @@ class CobraFamily(Family):
     template = "zephyr"
     image_plan = "squash_pair"
     pickles: ClassVar[Mapping[str, tuple[str, str | None]]] = {TRAINED: (COBRA_FILE, "model")}
-    slotless = own_rotary = nested_pickles = True
+    slotless = own_rotary = nested_pickles = expands = own_positions = True
 
     def detect(self, source: Source) -> bool:
         """By its folders and file."""
@@ -130,14 +132,14 @@ class CobraFamily(Family):
         vision, connector, language, image = model.vision, model.connector, model.language, model.image
         if (image.kind, image.resample) != ("squash_pair", "bicubic"):
             return f"pictures are made by {image.kind} ({image.resample}), those of Cobra by squash_pair (bicubic)"
-        for key, value in KINDS["dinov2_siglip"].items():
+        for key, value in _fixed().items():
             there = getattr(vision, key)
             if (tuple(there) if isinstance(there, list) else there) != value:
                 return f"the towers have {key} {there!r}, Cobra's have {value!r}"
-        reason = _other_keys(model)
-        if reason is not None:
-            return reason
-        if vision.image_size != vision.high_image_size or vision.low_from != "plan":
+        for which, tower, fixed in (("first", vision.low, "low"), ("second", vision.high, "high")):
+            if tower.hidden_size != _HEADS[fixed] * tower.num_attention_heads:
+                return f"the {which} tower's heads are not {_HEADS[fixed]} wide, as those of Cobra's"
+        if vision.image_size != vision.high_image_size:
             return "the towers do not see squares of one size, each made of the picture, as Cobra's do (model.vision)"
         if (connector.depth, connector.drop_first_feature) != (3, False) or connector.input_expansion is None:
             return "the connector is not Cobra's: three layers, the first of which gives a multiple of the features"
@@ -152,17 +154,13 @@ class CobraFamily(Family):
         return [f"model.template: {template} was trained, but Cobra's own code speaks {self.template}"]
 
 
-def _other_keys(model: ModelConfig) -> str | None:
-    """Return what of a tower is neither one of its sizes nor what Cobra's are, or None."""
-    vision = model.vision
-    for which, tower, fixed in (("first", vision.low, "low"), ("second", vision.high, "high")):
-        if tower.hidden_size != _HEADS[fixed] * tower.num_attention_heads:
-            return f"the {which} tower's heads are not {_HEADS[fixed]} wide, as those of Cobra's"
-        if tower.feature_layers is not None or tower.s2_scales is not None or tower.deepstack_layers:
-            return f"features of several layers, or sizes, of the {which} tower are taken, and Cobra takes one"
-    if vision.low_tiles != 1 or vision.low_whole:
-        return "the first tower sees tiles (model.vision.low_tiles, low_whole), Cobra's the whole picture"
-    return None
+def _fixed() -> Tree:
+    """Return what Cobra's towers have one value for: all keys but sizes, and those of a run."""
+    sizes = {*_SIZES, *(f"high_{key}" for key in _SIZES)}
+    keys = ViTViTConfig.__pydantic_fields__
+    kept = (Meaning.RUN, Meaning.NAMES)
+    wanted = [key for key in keys if key not in ("preset", *sizes) and meaning_of(ViTViTConfig, key) not in kept]
+    return {key: KINDS["dinov2_siglip"].get(key, keys[key].default) for key in wanted}
 
 
 def _tower(source: Source, piece: str, which: str, size: int) -> Tree:

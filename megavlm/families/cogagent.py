@@ -51,6 +51,12 @@ def _write(language: LanguageConfig) -> Tree:
 def _narrow(language: LanguageConfig) -> str | None:
     if not language.feature_width:
         return "its layers attend to no features of a second tower (model.language.cross_hidden_size)"
+    inside, width = language.cross_compute_hidden_size, language.cross_hidden_size
+    if inside != width:
+        return (
+            f"its layers attend to features {inside} wide inside (model.language.cross_compute_hidden_size), where"
+            f" CogAgent's code takes the features' own width, {width} (cross_hidden_size)"
+        )
     return COGVLM_TEXT.narrow(language)
 
 
@@ -113,6 +119,9 @@ class CogAgentFamily(CogVLMFamily):
         wanted |= {"high_feature_table": True, "high_post_layernorm": False, "high_feature_layers": None}
         wanted |= {
             "high_attention_norm": True,
+            "high_activation": "silu",
+            "high_branch_norms": "before",
+            "high_positional_antialias": False,
             "high_image_mean": vision.image_mean,
             "high_image_std": vision.image_std,
         }

@@ -86,8 +86,14 @@ class Family(ABC):
     drops_first: ClassVar[bool] = False
     """Whether its connector may leave out the first feature (``model.connector.drop_first_feature``): :meth:`refuses`
     then says where."""
+    expands: ClassVar[bool] = False
+    """Whether its connector's first layer may be a multiple of the features wide (``model.connector.input_expansion``):
+    :meth:`refuses` then says how."""
     class_feature: ClassVar[bool] = False
     """Whether its connector gets the feature of the tower's class token too (``model.vision.class_feature``)."""
+    own_positions: ClassVar[bool] = False
+    """Whether its tower's class token may have no row of the positional table (``model.vision.class_position``):
+    :meth:`refuses` then says where."""
     norms_behind: ClassVar[bool] = False
     """Whether its tower may have norms behind attention and MLP (``model.vision.branch_norms``): :meth:`refuses` then
     says where."""
@@ -168,7 +174,7 @@ class Family(ABC):
             self._language_refused(model)
             or self._levels_refused(model)
             or self._tower_refused(model)
-            or self._first_refused(model)
+            or self._connector_refused(model)
             or self.refuses(model)
             or self._newline_refused(model)
             or self._multiplier_refused(model)
@@ -227,18 +233,31 @@ class Family(ABC):
             return (
                 "norms stand behind the tower's attention and MLP (model.vision.branch_norms), which the family has not"
             )
-        if getattr(model.vision, "feature_table", False) and not self.features_beside:
-            return "a table is added to the tower's features (model.vision.feature_table), which the family has not"
+        for key in ("class_position", "high_class_position"):
+            if not getattr(model.vision, key, True) and not self.own_positions:
+                return f"the class token has no row of the positional table (model.vision.{key}), in the family it has"
+        for key in ("feature_table", "high_feature_table"):
+            if getattr(model.vision, key, False) and not self.features_beside:
+                return f"a table is added to the tower's features (model.vision.{key}), which the family has not"
         if getattr(model.vision, "post_layernorm_epsilon", None) is not None and not self.own_epsilon:
             return "the norm behind the tower has an epsilon of its own (model.vision.post_layernorm_epsilon)"
         return None
 
-    def _first_refused(self, model: ModelConfig) -> str | None:
-        """Return why the first feature of a picture cannot be left out, or None."""
-        left_out = getattr(model.connector, "drop_first_feature", False)
-        if "connector" not in self.parts or self.drops_first or not left_out:
+    def _connector_refused(self, model: ModelConfig) -> str | None:
+        """Return why the first feature of a picture cannot be left out, or the first layer be so wide, or None."""
+        if "connector" not in self.parts:
             return None
-        return "the first feature is left out (model.connector.drop_first_feature), for which the family has no word"
+        connector = model.connector
+        if getattr(connector, "drop_first_feature", False) and not self.drops_first:
+            return (
+                "the first feature is left out (model.connector.drop_first_feature), for which the family has no word"
+            )
+        if getattr(connector, "input_expansion", None) is not None and not self.expands:
+            return (
+                "the connector's first layer is a multiple of the features wide (model.connector.input_expansion), for"
+                " which the family has no word"
+            )
+        return None
 
     def _newline_refused(self, model: ModelConfig) -> str | None:
         """Return why the connector's learned newline vector has no place in the family, or None."""

@@ -14,11 +14,10 @@ from megavlm.weights.source import Source
 
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "residual_in_fp32": True,
-    "rescale_prenorm_residual": False, "time_step_scale": 1.0, "time_step_min": 0.001, "time_step_max": 0.1,
-    "time_step_init_scheme": "random", "time_step_floor": 0.0001,
 }  # fmt: skip
 """What the models here have one value for. ``residual_in_fp32`` says what a run in bf16 rounds: the stream here is of
-the run's number type, as Megatron-Core's is (docs/conversion.md)."""
+the run's number type, as Megatron-Core's is (docs/conversion.md). ``time_step_*`` (but the rank) and
+``rescale_prenorm_residual`` say how new weights are drawn: they may be anything, and stay in a file that has them."""
 
 
 def mamba_language(config: Mapping[str, Any], where: str) -> Tree:

@@ -65,12 +65,28 @@ def test_a_model_that_is_none_is_not_written_as_one() -> None:
         ("vision", {"high_post_layernorm": True}, "high_post_layernorm"),
         ("vision", {"class_position": True}, "class_position"),
         ("vision", {"high_image_size": 378}, "squares of one size"),
+        ("vision", {"layer_scale": False}, "layer_scale"),
+        ("vision", {"activation": "quick_gelu"}, "activation"),
+        ("vision", {"post_layernorm": True}, "post_layernorm"),
+        ("vision", {"normalization": "RMSNorm"}, "normalization"),
+        ("vision", {"rotary_base": 10000.0}, "rotary_base"),
+        ("vision", {"high_rotary_base": 10000.0}, "high_rotary_base"),
+        ("vision", {"high_branch_norms": "behind"}, "high_branch_norms"),
+        ("vision", {"high_class_token": True}, "high_class_token"),
+        ("vision", {"high_register_tokens": 4}, "high_register_tokens"),
+        ("vision", {"high_layer_scale": True}, "high_layer_scale"),
+        ("vision", {"high_positional_antialias": True}, "high_positional_antialias"),
+        ("vision", {"high_feature_table": True}, "model.vision.high_feature_table"),
+        ("vision", {"low_from": "high"}, "low_from"),
+        ("vision", {"high_to": "layers"}, "high_to"),
         ("vision", {"high_num_attention_heads": 18}, "not 72 wide"),
         ("connector", {"input_expansion": None}, "the connector is not Cobra's"),
         ("language", {"tie_word_embeddings": False}, "its output layer is its own"),
     ):
         changed = dataclasses.replace(getattr(model, part), **change)
-        assert words in str(family.refusal(dataclasses.replace(model, **{part: changed})))
+        assert words in str(family.refusal(dataclasses.replace(model, **{part: changed}))), change
+    run = dataclasses.replace(model.vision, frozen_tower="low", init_method_std=0.5, layer_scale_init=0.5)
+    assert family.refusal(dataclasses.replace(model, vision=run)) is None
 
 
 def test_what_lora_may_name_are_mambas_layers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,22 @@ def test_what_is_not_of_it_is_refused(
     changed(tmp_path / "hf", **keys)
     line = refused(tmp_path / "hf", capsys)
     assert str(tmp_path / "hf" / "config.json") in line and words in line, line
+
+
+def test_a_model_that_is_none_is_not_written_as_one() -> None:
+    model, family = model_of("cogagent_chat"), FAMILIES["cogagent"]
+    assert family.refusal(model) is None
+    for part, change, words in (
+        ("vision", {"high_activation": "gelu"}, "high_activation"),
+        ("vision", {"high_branch_norms": "behind"}, "high_branch_norms"),
+        ("vision", {"high_positional_antialias": True}, "high_positional_antialias"),
+        ("vision", {"class_position": False}, "model.vision.class_position"),
+        ("vision", {"high_class_position": False}, "high_class_position"),
+        ("vision", {"high_feature_table": False}, "high_feature_table"),
+        ("language", {"cross_compute_hidden_size": 512}, "cross_compute_hidden_size"),
+    ):
+        other = dataclasses.replace(getattr(model, part), **change)
+        assert words in str(family.refusal(dataclasses.replace(model, **{part: other}))), change
 
 
 def test_a_picture_is_its_patches_and_two_and_the_layers_see_the_finer_ones() -> None:

@@ -89,6 +89,30 @@ def test_blip2_is_written_on_what_it_is_read_on(language: str, kind: str) -> Non
     assert FAMILIES["blip2"].config(model, {})["text_config"]["model_type"] == kind
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_connectors_first_layer_is_written_or_refused(name: str) -> None:
+    family = FAMILIES[name]
+    for model in models(name) if "connector" in family.parts else []:
+        if hasattr(model.connector, "input_expansion"):
+            other = dataclasses.replace(model.connector, input_expansion=2)
+            why = family.refusal(dataclasses.replace(model, connector=other))
+            assert why is None if name == "cobra" else "model.connector.input_expansion" in str(why)
+
+
+def test_a_tower_alone_has_a_row_for_its_class_token_and_no_table_behind() -> None:
+    load_presets()
+    for name, preset, change in (
+        ("clip", "clip_vit_l_14_336", {"class_position": False}),
+        ("clip", "clip_vit_l_14_336", {"feature_table": True}),
+        ("eva02", "eva02_clip_l_14_336", {"class_position": False}),
+    ):
+        tree = {"preset": "tiny", "vision": {"preset": preset}}
+        model = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
+        assert FAMILIES[name].refusal(model) is None
+        changed = dataclasses.replace(model, vision=dataclasses.replace(model.vision, **change))
+        assert f"model.vision.{next(iter(change))}" in str(FAMILIES[name].refusal(changed))
+
+
 TOWERS: dict[str, tuple[Any, ...]] = {
     "activation": ("gelu", "gelu_tanh", "quick_gelu"), "normalization": ("LayerNorm", "RMSNorm"),
     "qk_norm": ("width", None), "rotary_base": (10000.0, None),

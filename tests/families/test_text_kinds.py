@@ -73,9 +73,13 @@ def test_mambas_configuration_that_is_written_anew_says_the_same(
     with torch.no_grad():
         logits = torch.cat([again(input_ids=one[None]).logits[0] for one in found.get("ids").split(LENGTHS)])
     torch.testing.assert_close(logits, found.get("logits"), rtol=0, atol=1e-5)
-    for change in ({"use_bias": True}, {"residual_in_fp32": False}, {"time_step_floor": 1e-3}, {"hidden_size": None}):
+    for change in ({"use_bias": True}, {"residual_in_fp32": False}, {"hidden_size": None}):
         with pytest.raises(UserError, match=next(iter(change))):
             mamba_language({**tree, **change}, "config.json")
+    # Of new weights alone: any, and what is written over a file leaves its own there.
+    drawn = {"time_step_floor": 1e-3, "time_step_min": 0.01, "time_step_max": 0.2, "time_step_scale": 2.0}
+    drawn |= {"time_step_init_scheme": "constant", "rescale_prenorm_residual": True}
+    assert mamba_language({**tree, **drawn}, "config.json") == branches["mamba"] and not drawn.keys() & tree.keys()
     wide = dataclasses.replace(model, language=dataclasses.replace(model.language, intermediate_size=96))
     assert "no multiple of hidden_size" in str(FAMILIES["mamba"].refusal(wide))
     assert "architecture mamba" in str(FAMILIES["llama"].refusal(model))
