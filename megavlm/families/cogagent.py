@@ -116,12 +116,16 @@ class CogAgentFamily(CogVLMFamily):
         """Both towers must be CogAgent's."""
         vision = model.vision
         wanted = {**first_tower_keys(), "low_from": "plan", "high_to": "layers", "feature_table": True}
+        wanted |= {"low_tiles": 1, "low_whole": False}
         wanted |= {"high_feature_table": True, "high_post_layernorm": False, "high_feature_layers": None}
         wanted |= {
             "high_attention_norm": True,
             "high_activation": "silu",
             "high_branch_norms": "before",
             "high_positional_antialias": False,
+            "high_class_feature": False,
+            "high_deepstack_layers": (),
+            "high_post_layernorm_epsilon": None,
             "high_image_mean": vision.image_mean,
             "high_image_std": vision.image_std,
         }
