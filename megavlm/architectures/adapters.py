@@ -11,7 +11,14 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, LINEARS, targets_of
+from megavlm.config.lora import (
+    CROSS_LINEARS,
+    EXPERT_LINEARS,
+    LINEARS,
+    SHARED_LINEARS,
+    known_targets,
+    targets_of,
+)
 from megavlm.config.schema import LanguageConfig, LoraConfig
 from megavlm.layers.lora import (
     LORA,
@@ -49,16 +56,17 @@ def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapt
 def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, ModuleSpec] | None:
     """Return the linear layers of a layer, by their last names; None for a model without adapters.
 
-    Those of experts, ``experts.linear_fc1`` and ``experts.linear_fc2``, are there if they have adapters; those of
-    attention to pictures under their whole names.
+    Those of experts, ``experts.linear_fc1`` and ``experts.linear_fc2``, and of shared ones (``shared_experts.``..) are
+    there if they have adapters or are kept in 4 bits; those of attention to pictures under their whole names.
     """
     if lora.rank is None:
         return None
-    found = {}
+    found, named = {}, {target.linear for target in known_targets(language)}
     for linear in LINEARS:
         adapter = adapter_of(linear, language, lora)
         name = linear if linear in CROSS_LINEARS else linear.partition(".")[2]
-        if linear in EXPERT_LINEARS and adapter is None:
+        changed = adapter is not None or (linear in named and lora.quantize is not None)
+        if linear in (*EXPERT_LINEARS, *SHARED_LINEARS) and not changed:
             continue
         kind = (
             FrozenColumnParallelLinear

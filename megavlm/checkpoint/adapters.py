@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,31 @@ def load_quantised(checkpoint: Path, module: Any) -> None:
     for number, name, linear in wanted:
         rank, size = linear.tp_group.rank(), linear.tp_group.size()
         shape = (linear.output_size, linear.input_size)
-        slot = Slot(f"language.decoder.layers.{name}.weight", shape, number, module.config.num_layers)
-        if module.config.hetereogenous_dist_checkpoint:  # layers of several kinds are not stacked
-            slot = Slot(f"language.decoder.layers.{number}.{name}.weight", shape)
         column = isinstance(linear, FrozenColumnParallelLinear)
-        parts = 2 if name.endswith("fc1") else 1  # gate and up are cut each for itself
+        # Gate and up are cut each for itself.
+        parts = 2 if name.endswith("fc1") and module.config.gated_linear_unit else 1
         part = shape[0 if column else 1] // parts
         share = part // size
         pieces = [(i * part + rank * share, i * part + (rank + 1) * share) for i in range(parts)]
         if size == 1:
             pieces = [(0, part * parts)]
-        weight = reader.read(slot).to(device=device, dtype=linear.config.params_dtype)
+        weight = reader.read(_slot(module.config, number, name, shape)).to(device=device, dtype=linear.config.params_dtype)
         with torch.no_grad():
             linear.nf4 = quantise(weight, pieces, transposed=not column)
+
+
+def _slot(config: Any, number: int, name: str, shape: tuple[int, int]) -> Slot:
+    """Return where the weight of a linear layer lies, whose name has an expert's number in the whole model.
+
+    Layers of several kinds are not stacked.
+    """
+    alike = not config.hetereogenous_dist_checkpoint and config.moe_layer_freq == 1
+    numbers = (number, config.num_layers) if alike else (None, 0)
+    key = name if alike else f"{number}.{name}"
+    expert = re.search(r"\.local_experts\.(\d+)\.", name)
+    own = (None, 0) if expert is None else (int(expert[1]), config.num_moe_experts)
+    key = key if expert is None else key.replace(expert[0], ".experts.")
+    return Slot(f"language.decoder.layers.{key}.weight", shape, *numbers, False, *own)
 
 
 def check_same_adapters(path: Path, recipe: Recipe, *, resuming: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megavlm.config.lora import ALL, EXPERT_LINEARS, known_targets, targets_of
+from megavlm.config.lora import EXPERT_LINEARS, targets_of
 from megavlm.config.schema import ParallelConfig, Recipe
 
 EP = "parallel.expert_model_parallel_size"
@@ -55,11 +55,6 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
     lora, parallel, language = recipe.lora, recipe.parallel, recipe.model.language
     if lora.rank is None:
         return
-    if lora.quantize is not None:
-        yield "lora.quantize: experts are not kept in 4 bits; set it to null"
-    if ALL in lora.targets and getattr(language, "moe_shared_expert_intermediate_size", None) is not None:
-        names = ", ".join(target.path for target in known_targets(language))
-        yield f"lora.targets: {ALL!r} means shared experts too, which take no adapters; name some of {names}"
     tp, shards = parallel.tensor_model_parallel_size, parallel.expert_tensor_ranks
     if shards not in (1, tp) and any(target.linear in EXPERT_LINEARS for target in targets_of(lora, language)):
         yield (

@@ -43,11 +43,13 @@ _QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 _FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 EXPERT_LINEARS = ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
 """Those of each expert, whose number is left out: all experts of a layer have adapters, or none."""
+SHARED_LINEARS = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+"""Those of the experts that get every token."""
 _IN, _STEPS = "self_attention.in_proj", "self_attention.x_proj"
 """Mamba's. Its ``out_proj`` takes no adapter: PEFT refuses one there, as Mamba's kernels read the weight themselves."""
 CROSS_LINEARS = ("cross_attention.linear_q", "cross_attention.linear_kv", "cross_attention.linear_proj")
 """Those of attention to pictures, in the layers that have it instead of attention to text."""
-LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *CROSS_LINEARS, _IN, _STEPS)
+LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *SHARED_LINEARS, *CROSS_LINEARS, _IN, _STEPS)
 """The linear layers of the layers of a language model, of all kinds."""
 
 _NUMBER = re.compile(r"\.experts\.(?:local_experts\.(?:\d+|\{\})|experts)\.")
@@ -123,6 +125,8 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
         yield from _quantised_shards(recipe)
 
 
+_TP, _ETP = "parallel.tensor_model_parallel_size", "parallel.expert_tensor_parallel_size"
+_WIDTH, _SHARED_WIDTH = "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
 NF4_BLOCK, NF4_GROUP = 64, 256
 """Weights that share a scale, and scales that share one of their own (QLoRA, arXiv 2305.14314)."""
 
@@ -133,22 +137,25 @@ def _quantised_shards(recipe: Recipe) -> Iterator[str]:
     if language.recurrent:
         yield f"{_KEY}quantize: Mamba's weights are not kept in 4 bits; set it to null"
         return
-    unit, hidden = NF4_BLOCK * NF4_GROUP, language.hidden_size
-    if tp == 1:
-        return
+    unit, hidden, experts = NF4_BLOCK * NF4_GROUP, language.hidden_size, any(language.expert_layers)
     group = language.kv_channels * (language.num_attention_heads // language.num_query_groups + 2)
     heads = language.num_attention_heads * language.kv_channels
     pictures = (2 * language.num_query_groups * language.kv_channels * hidden,) * bool(language.cross_layers)
-    shards: dict[str, tuple[int, ...]] = {
-        "hidden_size": (language.num_query_groups * group * hidden, heads * hidden, *pictures),
-        "ffn_hidden_size": (language.ffn_hidden_size * hidden,),
-    }
-    for name, sizes in shards.items():
-        if any(size % (unit * tp) for size in sizes):
+    sizes: list[tuple[str, str, int, tuple[int, ...]]] = [
+        ("hidden_size", _TP, tp, (language.num_query_groups * group * hidden, heads * hidden, *pictures))
+    ]
+    if not (experts and all(language.expert_layers)):
+        sizes.append(("ffn_hidden_size", _TP, tp, (language.ffn_hidden_size * hidden,)))
+    if experts:
+        own, shared = (getattr(language, name) for name in (_WIDTH, _SHARED_WIDTH))
+        name, ranks = "ffn_hidden_size" if own is None else _WIDTH, recipe.parallel.expert_tensor_ranks
+        sizes.append((name, f"{_TP} or {_ETP}", ranks, ((own or language.ffn_hidden_size) * hidden,)))
+        sizes += [] if shared is None else [(_SHARED_WIDTH, _TP, tp, (shared * hidden,))]
+    for name, key, ranks, values in sizes:
+        if ranks > 1 and any(value % (unit * ranks) for value in values):
             yield (
                 f"{_KEY}quantize: a shard of the weights that model.language.{name} makes is no multiple of "
-                f"{NF4_BLOCK} x {NF4_GROUP} values at parallel.tensor_model_parallel_size {tp}; lower that, or set "
-                "this to null"
+                f"{NF4_BLOCK} x {NF4_GROUP} values at {key} {ranks}; lower that, or set this to null"
             )
 
 

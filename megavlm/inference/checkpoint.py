@@ -15,7 +15,6 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.context import CP
 from megavlm.config.engine import for_inference
 from megavlm.config.errors import UserError
-from megavlm.config.experts import EP, experts_span_replicas
 from megavlm.config.load import load_recipe
 from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
@@ -134,12 +133,6 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
         training=dataclasses.replace(recipe.training, global_batch_size=world_size),
         logging=dataclasses.replace(recipe.logging, profile_ranks=(0,)),
     )
-    if experts_span_replicas(recipe.parallel):
-        raise UserError(
-            f"{EP}: {recipe.parallel.expert_model_parallel_size} spreads a layer's experts over several replicas, which"
-            f" answer apart; set it to 1, or so that it x ranks of an expert ({recipe.parallel.expert_tensor_ranks})"
-            " divides parallel.tensor_model_parallel_size"
-        )
     check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)
     base_for(path, recipe.checkpoint.load)

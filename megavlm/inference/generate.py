@@ -34,7 +34,7 @@ from megavlm.models.build import unwrap
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import is_first_stage, is_reader
+from megavlm.parallel.state import from_first_replica, is_first_stage, is_reader
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ def generate(
     cached_positions: int = _CACHED_POSITIONS,
 ) -> list[list[int]]:
     """Answer ``prompts``; a collective over the ranks of one data-parallel replica.
+
+    Where replicas share experts it is one over all of them, and all are given the same prompts.
 
     Args:
         chunks: the model chunks of this rank, wrapped or bare.
@@ -317,7 +319,7 @@ class _Run:
             tokens = torch.zeros(len(order), 2 + 2 * best, dtype=torch.float64, device=local_device())
         if picked:  # the last stage
             tokens = torch.cat(picked)
-        tokens = pipeline.from_last_stage(tokens)
+        tokens = from_first_replica(pipeline.from_last_stage(tokens))
         if self.report is None:
             return {i: Chosen(token) for i, token in zip(order, tokens.tolist(), strict=True)}
         return {i: self._reported(i, row, best) for i, row in zip(order, tokens.tolist(), strict=True)}

@@ -57,6 +57,8 @@ def option_losses(
 ) -> list[list[float]]:
     """Return the mean loss over the tokens of each option; a collective over one data-parallel replica.
 
+    Where replicas share experts it is one over all of them, and all are given the same prompts.
+
     Args:
         chunks: the model chunks of this rank, wrapped or bare.
         prompts: the same on all ranks of the replica, but for their images.

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megavlm.config.errors import RecipeError, UserError
+from megavlm.config.experts import experts_span_replicas
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
@@ -420,10 +422,14 @@ def session(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, context: int
     """
     longest = recipe.model.language.max_position_embeddings
     ranks, parallel = int(os.environ.get("WORLD_SIZE", "1")), recipe.parallel
-    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    what, needed = "TP x PP is", tensor * stages
+    if experts_span_replicas(parallel):  # all of which answer the same
+        shared = parallel.expert_model_parallel_size * parallel.expert_tensor_ranks
+        what, needed = "replicas that share out experts have", math.lcm(tensor, shared) * stages
     if ranks != needed:
         raise RecipeError(
-            f"parallel: TP x PP is {needed}, and {ranks} processes were started; answering has one replica: start "
+            f"parallel: {what} {needed} ranks, and {ranks} processes were started; answering has no more: start "
             f"{needed}, or set parallel.tensor_model_parallel_size"
         )
     with loaded(recipe, checkpoint, tokenizer) as chunks:

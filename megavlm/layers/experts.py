@@ -300,8 +300,8 @@ def experts_mlp(*, transformer_engine: bool, linears: Mapping[str, Any] | None =
     """Return the spec of an MLP that is a mixture of experts.
 
     Experts are computed one after the other. With Transformer Engine (not run on a GPU) their linear layers are its
-    own, as in Megatron-Core's specs without a grouped product; but where ``linears`` replaces those of the routed
-    experts (linear_fc1, linear_fc2).
+    own, as in Megatron-Core's specs without a grouped product; but where ``linears`` replaces some (of the routed
+    experts experts.linear_fc1, experts.linear_fc2, of the shared ones shared_experts.linear_fc1, ..).
     """
     if transformer_engine and not linears:
         from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: PLC0415
@@ -310,10 +310,14 @@ def experts_mlp(*, transformer_engine: bool, linears: Mapping[str, Any] | None =
         spec.submodules.router = PackRouter
         return spec
     plain: dict[str, Any] = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
+    given = linears or {}
     routed, shared = (
         # The activation is taken only where the configuration says use_te_activation_func.
-        MLPSubmodules(**parts, activation_func=activation_of(swiglu))
-        for parts in (plain | dict(linears or {}), plain)
+        MLPSubmodules(
+            **{name: given.get(f"{kind}.{name}", one) for name, one in plain.items()},
+            activation_func=activation_of(swiglu),
+        )
+        for kind in ("experts", "shared_experts")
     )
     return ModuleSpec(
         module=MoELayer,

@@ -113,7 +113,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     """Return the parts of a layer.
 
     ``linears`` replaces linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2; of experts
-    experts.linear_fc1, experts.linear_fc2, if they have others than they would have). Transformer Engine's
+    experts.linear_fc1, .., and of shared ones shared_experts.linear_fc1, .., if they have others than they would have). Transformer Engine's
     layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on
     a GPU).
 
@@ -270,8 +270,8 @@ def _with_experts(
     layer: ModuleSpec, norm: Any, *, transformer_engine: bool, linears: Mapping[str, Any] | None = None
 ) -> None:
     """Put experts in the place of a layer's MLP; its norm stands alone then, also with Transformer Engine."""
-    parts, head = layer.submodules, "experts."
-    own = {name.removeprefix(head): one for name, one in (linears or {}).items() if name.startswith(head)}
+    parts, kinds = layer.submodules, ("experts.", "shared_experts.")
+    own = {name: one for name, one in (linears or {}).items() if name.startswith(kinds)}
     parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(transformer_engine=transformer_engine, linears=own)
     names = parts.sharded_state_dict_keys_map
     parts.sharded_state_dict_keys_map = {old: new for old, new in names.items() if old != "pre_mlp_layernorm."}

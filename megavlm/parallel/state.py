@@ -79,6 +79,24 @@ def is_reader() -> bool:
     )
 
 
+def replicas_share_experts() -> bool:
+    """Whether some layer's experts lie on ranks of several replicas, so that all must run the same forward passes."""
+    ranks = mpu.get_expert_model_parallel_world_size() * mpu.get_expert_tensor_parallel_world_size()
+    stage = mpu.get_tensor_model_parallel_world_size() * mpu.get_context_parallel_world_size()
+    return mpu.get_expert_model_parallel_world_size() > 1 and stage % ranks > 0
+
+
+def from_first_replica(value: torch.Tensor) -> torch.Tensor:
+    """Hand the first replica's ``value`` to all, where replicas share experts; theirs is overwritten.
+
+    They compute the same, but not to the last bit.
+    """
+    if replicas_share_experts():
+        group = mpu.get_data_parallel_group()
+        dist.broadcast(value, dist.get_global_rank(group, 0), group=group)
+    return value
+
+
 _replica: tuple[Any, int, Any] | None = None
 """The job's group, the number of its replicas, and the group of this rank's."""
 

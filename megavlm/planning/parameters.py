@@ -85,10 +85,16 @@ def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
 
 
 @functools.lru_cache(maxsize=64)
-def _expert_parameters(kind: LanguageConfig, *, learns: bool, layers: Layers) -> tuple[ChunkParameter, ...]:
-    """Return the parameters of the experts of a layer on one rank."""
+def _expert_parameters(
+    kind: LanguageConfig, *, learns: bool, quantised: bool, layers: Layers
+) -> tuple[ChunkParameter, ...]:
+    """Return the parameters of the experts of a layer on one rank; ``quantised``: all but biases are in 4 bits."""
     shapes = expert_parameters(kind, layers.experts, layers.expert_tensor)
-    known = {size: ChunkParameter("language", size, learns, spread=layers.experts > 1) for size in set(shapes)}
+    spread, matrices = layers.experts > 1, set(shapes[:2])
+    known = {
+        size: ChunkParameter("language", size, learns, quantised and size in matrices, spread=spread)
+        for size in set(shapes)
+    }
     return tuple(known[size] for size in shapes)
 
 
@@ -117,7 +123,7 @@ def _chunk_parameters(
     numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.number]
     kinds, crossed = [kind for _, kind in numbered], set(language.cross_layers)
     trained, spread = learns[2] and lora.rank is None, Layers(0, 0, layers.experts, layers.expert_tensor)
-    found += [one for kind in kinds for one in _expert_parameters(kind, learns=trained, layers=spread)]
+    found += [one for kind in kinds for one in _expert_parameters(kind, learns=trained, quantised=lora.quantize is not None, layers=spread)]
     shapes = [
         one
         for number, kind in numbered
@@ -163,7 +169,7 @@ def _with_adapters(
             linears = cost.cross_linear_parameters(kind, tp)
         else:
             own, beside = cost.layer_parameters(kind, tp), cost.adapter_parameters(kind, lora, tp)
-            linears = cost.linear_parameters(language, tp)
+            linears = cost.linear_parameters(kind, tp)
         for elements in own:
             yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
         for elements in beside:

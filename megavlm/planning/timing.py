@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavlm.architectures.cost import (
+    expert_parameters,
     Attention,
     Kernels,
     LayerPassage,
@@ -217,7 +218,8 @@ class Timer:
         moved = self._stream(tokens * (into * (1 + 2 * int(lora.dropout > 0)) + 4 * out) * b)
         unpack = 0.0
         if lora.quantize is not None:
-            unpack = self._stream(sum(cost.linear_parameters(language, tp)) * (NF4_BYTES + b))
+            each = expert_parameters(language, self.layout.experts, self.layout.expert_tensor)
+            unpack = self._stream(sum([*cost.linear_parameters(language, tp), *each]) * (NF4_BYTES + b))
         return product + moved + unpack, 2 * product + moved + unpack
 
     def output(self) -> Cost:

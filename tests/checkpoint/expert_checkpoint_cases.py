@@ -12,10 +12,15 @@ from megavlm.parallel.device import prepare_device
 prepare_device()
 
 import run_cases  # noqa: E402
+import torch  # noqa: E402
 from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
 
 from megavlm.checkpoint import saver  # noqa: E402
+from megavlm.checkpoint.distributed import save_weights  # noqa: E402
+from megavlm.config.help import to_yaml  # noqa: E402
+from megavlm.config.lora import linear_of  # noqa: E402
 from megavlm.layers.experts import routers_of  # noqa: E402
+from megavlm.models.build import build_model, unwrap  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 
@@ -57,6 +62,7 @@ def train(
     if lora is not None:
         frozen = {"vision": {"freeze": True}, "connector": {"freeze": alone}}
         recipe |= {"lora": lora, "checkpoint": {"load": base}, "modules": frozen}
+        recipe["optimizer"]["adam_eps"] = 1e-5  # or the sign of what should be 0 would count as much as a gradient
     return run_cases.train(recipe, root, load, save_at=(2,))
 
 
@@ -89,3 +95,45 @@ def save_while_biases_move(root: str) -> set[float]:
     assert path is not None
     biases = [one for key, one in run_cases.numbers(path).items() if key.endswith(".expert_bias")]
     return {value for one in biases for value in one.flatten().tolist()}
+
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 8, "num_query_groups": 8, "kv_channels": 32,
+    "vocab_size": VOCABULARY, "num_layers": 2, "moe_layer_freq": [0, 1], "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 256, "moe_shared_expert_intermediate_size": 256, "init_method_std": 0.1,
+}  # fmt: skip
+"""Shards of whole groups of 64 x 256 weights at TP 2, of experts too."""
+
+
+def save_bases(root: str) -> int:
+    """Save weights, and what bitsandbytes makes of the linear ones in 4 bits; return how many these are."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: PLC0415
+
+    recipe, rounded = tiny_recipe(**_recipe(WIDE, {}, "fp32")), 0
+    with process_groups(recipe.parallel, 1):
+        modules = [unwrap(chunk) for chunk in build_model(recipe, IMAGE_TOKEN)]
+        save_weights(Path(root) / "base", modules, recipe_yaml=to_yaml(recipe))
+        with torch.no_grad():
+            for name, weight in modules[0].named_parameters():
+                if name.startswith("language.") and linear_of(name) is not None:
+                    # What tensor parallelism cuts comes first, as the codes lie.
+                    turned = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                    whole = (weight.t() if turned else weight).contiguous()
+                    made = dequantize_4bit(*quantize_4bit(whole, compress_statistics=True, quant_type="nf4"))
+                    assert 0.001 < (made - whole).abs().max()
+                    weight.copy_(made.t() if turned else made)
+                    rounded += 1
+        save_weights(Path(root) / "rounded", modules, recipe_yaml=to_yaml(recipe))
+    return rounded
+
+
+def train_wide(root: str, jobs: list[tuple[str, dict[str, Any], str, str | None]]) -> list[list[float]]:
+    """Train adapters of all linear layers: where to save, the layout, the base, ``lora.quantize``."""
+    lora = {"rank": 4, "alpha": 16.0, "targets": ("all-linear",)}
+    return [
+        train(
+            WIDE, layout, f"{root}/{name}", None, "fp32", 1e-2, lora | {"quantize": quantize},
+            f"{root}/{base}/step-00000000",
+        )
+        for name, layout, base, quantize in jobs
+    ]  # fmt: skip

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from family_cases import _TEXT, IMAGE, clip_vision, made
-from peft import PeftModel
+from glm4v_models import glm4v_moe, save
+from peft import LoraConfig, PeftModel
 from qwen3_vl_models import qwen3_vl_moe, save_as_on_the_hub
 from safetensors.torch import load_file
 from test_peft import adapted, bits, close, convert
+from text_cases import glm4_moe
 from torch import Tensor
 from transformers import (
+    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -146,6 +149,67 @@ def check_gradients(
             for got, wanted in ((linear.lora_a.grad, wanted_a), (linear.lora_b.grad, wanted_b)):
                 assert got is not None and float(got.abs().max()) > 0
                 close(got, torch.cat(wanted))
+
+
+class Bare(torch.nn.Module):
+    """A model whose kind PEFT does not know: it takes all gate, up and down of GLM-4.5 for experts'."""
+
+    def __init__(self, whole: PreTrainedModel) -> None:
+        super().__init__()
+        self.model, self.lm_head = whole.model, whole.lm_head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.lm_head(self.model(input_ids=ids).last_hidden_state)
+        return logits
+
+
+@pytest.mark.family("glm4_moe")
+def test_shared_experts_in_peft_and_merged(tmp_path: Path) -> None:
+    """Of GLM-4.5, whose first layer has an MLP: of attention and shared experts, which are modules."""
+    base = base_of(glm4_moe(), tmp_path)
+    targets = ["q_proj", *(f"shared_experts.{name}_proj" for name in ("gate", "up", "down"))]
+    saved = adapted(base, tmp_path / "run", targets, [])
+    expected, model = logits_of(saved)
+
+    def read(directory: Path) -> PreTrainedModel:
+        return Glm4MoeForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+
+    convert("megatron-to-hf", "--megatron", saved, "--adapter", "--family", "glm4_moe", "--out", tmp_path / "peft")
+    settings = LoraConfig.from_pretrained(tmp_path / "peft")
+    settings.task_type, bare = None, Bare(read(tmp_path / "llm"))
+    both = PeftModel.from_pretrained(bare, tmp_path / "peft", config=settings, is_trainable=True).eval()
+    logits = both(text().ids[None])[0]
+    assert (logits - theirs(read(tmp_path / "llm"))).abs().max() > 0.01  # the adapters matter
+    close(logits, expected)
+    weighed(logits).backward()
+    own, layer = dict(both.named_parameters()), 1
+    shared = model.language.decoder.layers[layer].mlp.shared_experts
+    for linear, names in ((shared.linear_fc1, ("gate_proj", "up_proj")), (shared.linear_fc2, ("down_proj",))):
+        for parameter, kind in ((linear.lora_a, "A"), (linear.lora_b, "B")):
+            prefix = f"base_model.model.model.layers.{layer}.mlp.shared_experts"
+            wanted = torch.cat([own[f"{prefix}.{name}.lora_{kind}.default.weight"].grad for name in names])
+            assert float(wanted.abs().max()) > 0
+            close(parameter.grad, wanted)
+
+    convert("megatron-to-hf", "--megatron", saved, "--family", "glm4_moe", "--out", tmp_path / "whole")
+    close(theirs(read(tmp_path / "whole")), expected)
+    convert("merge", "--megatron", saved, "--out", tmp_path / "merged")
+    close(logits_of(tmp_path / "merged")[0], expected)
+
+
+@pytest.mark.family("glm4v_moe")
+def test_adapters_of_all_kinds_of_mlp_there_and_back(tmp_path: Path) -> None:
+    """Of GLM-4.5V: of its first layer's MLP, of experts and of shared ones."""
+    base = tmp_path / "base"
+    convert("hf-to-megatron", "--hf", save(glm4v_moe(), tmp_path / "hf"), "--out", base)
+    saved = adapted(base, tmp_path / "run", ["all-linear"], [])
+    convert("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
+    names = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for middle in (".mlp.gate_proj.", ".mlp.shared_experts.down_proj.", ".mlp.experts.3.up_proj."):
+        assert any(middle in name for name in names)
+    convert("hf-to-megatron", "--adapter", tmp_path / "peft", "--base", base, "--out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(saved)
 
 
 @pytest.mark.family("mixtral")

@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 from expert_checkpoint_cases import BIASED, STACKED, VOCABULARY
-from run_cases import tensors
+from run_cases import numbers, tensors
 from tiny import tiny_recipe
 
 from megavlm.checkpoint.hf.incoming import Report, _initialise
@@ -65,7 +65,7 @@ def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
 def test_adapters_of_experts_change_their_layout(alone: bool, tmp_path: Path) -> None:
     """Bit for bit, masters and moments too; each expert's have a place of their own. Also where nothing else learns."""
     ranks.run("expert_checkpoint_cases:save_base", BIASED, str(tmp_path / "base"))
-    beside = () if alone else ("attn.c_attn", "w1", "gate_proj")
+    beside = () if alone else ("attn.c_attn", "w1", "shared_experts.gate_proj", "shared_experts.down_proj")
     lora = {"rank": 4, "targets": (*beside, "experts.gate_proj", "experts.down_proj")}
     first: dict[str, str] = {}
     load: str | None = None
@@ -87,6 +87,28 @@ def test_adapters_of_experts_change_their_layout(alone: bool, tmp_path: Path) ->
     experts = [key for key in first if ".mlp.experts.experts." in key]
     assert len(experts) == 3 * 2 * 2 * 4 and all(key.endswith((".lora_a", ".lora_b")) for key in experts)
     assert len({first[key] for key in experts}) == len(experts)
+    shared = [key for key in first if ".mlp.shared_experts." in key]
+    assert len(shared) == (0 if alone else 3 * 2 * 2 * 4)
+
+
+@pytest.mark.long
+def test_experts_in_4_bits_train_like_what_the_library_makes_of_them(tmp_path: Path) -> None:
+    """Adapters of attention, MLP, experts and shared ones beside NF4 weights, and beside these in full: alike."""
+    root = str(tmp_path)
+    (rounded,) = ranks.run("expert_checkpoint_cases:save_bases", root)
+    assert rounded == 2 * 2 + 2 + 2 + 4 * 2  # attention of two layers, an MLP, shared experts, experts
+    alone = [("full", {}, "rounded", None), ("whole", {}, "base", None), ("nf4", {}, "base", "nf4")]
+    full, whole, nf4 = ranks.run("expert_checkpoint_cases:train_wide", root, alone)[0]
+    sp = {**TP2, "sequence_parallel": True}
+    layouts = [("ep", EP2, "base", "nf4"), ("tp", sp, "base", "nf4"), ("both", {**sp, **EP2}, "base", "nf4")]
+    found = ranks.run("expert_checkpoint_cases:train_wide", root, layouts, world=2)[0]
+    assert whole != pytest.approx(full, rel=1e-3), "4 bits make a difference"
+    expected = numbers(tmp_path / "full" / "step-00000002")
+    for losses, name in zip([nf4, *found], ["nf4", "ep", "tp", "both"], strict=True):
+        assert losses == pytest.approx(full, rel=1e-5), name
+        own = numbers(tmp_path / name / "step-00000002")
+        learnt = [key for key in expected if key.endswith((".lora_a", ".lora_b")) and not key.startswith("optimizer.")]
+        assert learnt and all(torch.allclose(own[key], expected[key], rtol=0, atol=1e-4) for key in learnt), name
 
 
 @pytest.mark.long

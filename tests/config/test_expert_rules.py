@@ -17,6 +17,7 @@ CP3 = f"{P}context_parallel_size=3"
 EP2 = [f"{P}expert_model_parallel_size=2"]
 BIASES = [f"{L}add_bias_linear=true"]
 FROZEN = ["modules.vision.freeze=true", "modules.connector.freeze=true"]
+NF4 = "lora.quantize=nf4"
 LORA = ["lora.rank=4", "checkpoint.load=unused"]
 
 
@@ -36,6 +37,8 @@ LORA = ["lora.rank=4", "checkpoint.load=unused"]
         ([*EXPERTS, *LORA, "lora.targets=[all-linear]"], 1),
         ([*EXPERTS, *TP2, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[gate_proj]"], 4),
         ([*EXPERTS, *SHARED, *LORA, "lora.targets=[attn.c_attn,experts.up_proj]"], 1),
+        ([*EXPERTS, *SHARED, *LORA, "lora.targets=[all-linear]", NF4], 1),
+        ([*EXPERTS, *EP2, *LORA, "lora.targets=[shared_experts.up_proj]", *SHARED, NF4], 2),
         ([*EXPERTS, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[attn.c_attn]"], 4),
         ([*EXPERTS, *EP2, *LORA, "lora.targets=[gate_proj]", *FROZEN], 2),  # nothing beside experts is trainable
         ([*EXPERTS, *TP2, *EP2, "logging.panel_interval=10"], 2),
@@ -121,20 +124,21 @@ def test_accepted(load, overrides, world_size):
         # Experts in all layers, and no MLP's layers; Mixtral's names are for Llamas.
         ([*EXPERTS, *LORA, "lora.targets=[w1]"], 1, "lora.targets: 'w1' is none of the language model's layers"),
         ([*EXPERTS, *LORA, "lora.targets=[experts.3.up_proj]"], 1, "lora.targets: 'experts.3.up_proj' is none of"),
-        (
-            [*EXPERTS, *SHARED, *LORA, "lora.targets=[all-linear]"],
-            1,
-            "lora.targets: 'all-linear' means shared experts too",
-        ),
+        ([*EXPERTS, *LORA, "lora.targets=[shared_experts.up_proj]"], 1, "lora.targets: 'shared_experts.up_proj' is none"),
         (
             [*EXPERTS, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[down_proj]"],
             4,
             f"{P}expert_tensor_parallel_size: 2 ranks share an expert, which with adapters one rank has",
         ),
         (
-            [*EXPERTS, *LORA, "lora.targets=[attn.c_attn]", "lora.quantize=nf4"],
-            1,
-            "lora.quantize: experts are not kept",
+            [*EXPERTS, *TP2, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[up_proj]", NF4],
+            4,
+            "lora.quantize: a shard of the weights that model.language.moe_ffn_hidden_size makes is no multiple of",
+        ),
+        (
+            [*EXPERTS, *SHARED, *TP2, *LORA, "lora.targets=[up_proj]", NF4],
+            2,
+            "lora.quantize: a shard of the weights that model.language.moe_shared_expert_intermediate_size makes is no",
         ),
     ],
 )

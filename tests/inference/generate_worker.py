@@ -1,6 +1,7 @@
 """Answers prompts at one layout from given weights; writes the token ids. Run under torchrun.
 
-Arguments: JSON file with ``parallel``, ``weights`` (a checkpoint, made here if it does not exist), ``out``.
+Arguments: JSON file with ``parallel``, ``weights`` (a checkpoint, made here if it does not exist), ``out``, and
+``language`` for keys of the language model.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     # Larger weights than usual: the answers differ between prompts, and the best token is clear.
     wide = {"init_method_std": 0.2}
-    recipe = tiny_recipe(parallel=job["parallel"])
-    recipe = tiny_recipe(parallel=job["parallel"], model=wide_model(recipe, wide))
+    recipe = tiny_recipe()
+    model = wide_model(recipe, wide)
+    model["language"] |= job["language"]
+    recipe = tiny_recipe(parallel=job["parallel"], model=model)
     with process_groups(recipe.parallel, 3):
         chunks = build_model(recipe, IMAGE_TOKEN)
         weights = Path(job["weights"])

@@ -22,10 +22,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def run(tmp: Path, name: str, ranks: int, parallel: dict[str, Any], weights: Path) -> dict[str, list[list[int]]]:
+def run(
+    tmp: Path, name: str, ranks: int, parallel: dict[str, Any], weights: Path, **language: Any
+) -> dict[str, list[list[int]]]:
     """Answer the prompts."""
     job, out = tmp / f"{name}.job.json", tmp / f"{name}.json"
-    job.write_text(json.dumps({"parallel": parallel, "weights": str(weights), "out": str(out)}))
+    job.write_text(json.dumps({"parallel": parallel, "weights": str(weights), "out": str(out), "language": language}))
     script(WORKER, job, world=ranks)
     return json.loads(out.read_text())
 
@@ -53,6 +55,30 @@ def test_layouts_agree(name: str, single: tuple[Path, dict[str, list[list[int]]]
     result = run(tmp_path, name, ranks, parallel, single[0])
     for kind in ("answers", "small_cache", "sampled"):
         assert result[kind] == single[1][kind]
+
+
+EXPERTS: dict[str, Any] = {"num_moe_experts": 8, "moe_ffn_hidden_size": 48, "moe_layer_freq": 2}
+SHARED: dict[str, tuple[int, dict[str, Any]]] = {
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "pp2-ep2": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    "tp2-ep4": (
+        4,
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4, "sequence_parallel": True},
+    ),
+    "ep2-cut": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+}
+"""Ranks of two or more replicas share out the experts."""
+
+
+@pytest.mark.long
+def test_replicas_that_share_experts_answer_as_one(tmp_path: Path) -> None:
+    weights = tmp_path / "one" / "step-00000000"
+    alone = run(tmp_path, "alone", 1, {}, weights, **EXPERTS)
+    assert alone["answers"] == alone["naive"] and len({tuple(answer) for answer in alone["answers"]}) > 4
+    for name, (ranks, parallel) in SHARED.items():
+        result = run(tmp_path, name, ranks, parallel, weights, **EXPERTS)
+        for kind in ("answers", "small_cache", "sampled"):
+            assert result[kind] == alone[kind], f"{name}: {kind}"
 
 
 def test_groups_hold_each_prompt_once_and_fit() -> None:

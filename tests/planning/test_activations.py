@@ -67,6 +67,8 @@ CASES: dict[str, dict[str, Any]] = {
     "experts-shared-losses-capacity": {"model": told(SHARED, **LOSSES, moe_expert_capacity_factor=1.25)},
     "experts-frozen": {"model": EXPERTS, "modules": {"language": FROZEN}},
     "lora-of-experts": {"model": EXPERTS, "lora": ALL, "modules": BESIDE},
+    "lora-of-shared-experts": {"model": SHARED, "lora": ALL, "modules": BESIDE},
+    "qlora-of-shared-experts": {**BF16, "model": SHARED, "lora": {**PARTS, "quantize": "nf4"}, "modules": BESIDE},
     "lora-of-experts-bf16": {**BF16, "model": EXPERTS, "lora": PARTS, "modules": BESIDE},
     "mamba": {"model": MAMBA},
     "mamba-bf16": {**BF16, "model": MAMBA},

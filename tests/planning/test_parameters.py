@@ -278,8 +278,8 @@ def test_a_module_of_another_package_is_refused() -> None:
         del LANGUAGE._presets["theirs"]
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_adapters_are_counted_as_they_are_built(quantize: str | None) -> None:
+@pytest.mark.parametrize(("quantize", "shape"), [(None, "dense"), ("nf4", "dense"), (None, "experts"), ("nf4", "experts")])
+def test_adapters_are_counted_as_they_are_built(quantize: str | None, shape: str) -> None:
     """And quantised weights with the bytes that they really take."""
     from megavlm.architectures.adapters import frozen_linears
     from megavlm.layers.nf4 import quantise
@@ -287,8 +287,10 @@ def test_adapters_are_counted_as_they_are_built(quantize: str | None) -> None:
     from megavlm.parallel.state import process_groups
 
     freeze = {"vision": {"freeze": True}, "connector": {"freeze": True}}
-    lora = {"rank": 4, "targets": ("c_attn", "c_proj", "w1"), "train_head": True}
-    recipe = tiny_recipe(lora={**lora, "quantize": quantize}, modules=freeze)
+    own: dict[str, Any] = {"model": SHARED} if shape == "experts" else {}
+    targets = ("q_proj", "o_proj", "up_proj", "down_proj") if own else ("c_attn", "c_proj", "w1")
+    lora = {"rank": 4, "targets": targets, "train_head": True}
+    recipe = tiny_recipe(lora={**lora, "quantize": quantize}, modules=freeze, **own)
     layout = layout_of(recipe, 1)
     parameters = chunk_parameters(recipe, layout, layout.chunks_of(0)[0])
     with process_groups(recipe.parallel, 1):
@@ -298,27 +300,28 @@ def test_adapters_are_counted_as_they_are_built(quantize: str | None) -> None:
     assert sum(p.elements for p in parameters if not p.quantised) == sum(p.numel() for p in found)
     shapes = [(layer.output_size, layer.input_size) for *_, layer in frozen_linears(model.language)]
     packed = sum(quantise(torch.randn(shape), [(0, shape[0])], transposed=False).nbytes for shape in shapes)
-    plain = tiny_recipe(lora=lora, modules=freeze)
+    plain = tiny_recipe(lora=lora, modules=freeze, **own)
     saved = static_bytes(plain, layout, 0).weights - static_bytes(recipe, layout, 0).weights
     full = 4 * sum(a * b for a, b in shapes)
     assert saved == (0 if quantize is None else pytest.approx(full - packed, rel=0.002))
 
 
-def test_adapters_of_experts_cost_what_a_token_goes_through() -> None:
-    """Of experts, those that it is sent to; of a layer that has none, its MLP's."""
+@pytest.mark.parametrize("model", [EXPERTS, SHARED])
+def test_adapters_of_experts_cost_what_a_token_goes_through(model: dict[str, Any]) -> None:
+    """Of experts, those that it is sent to and the shared ones; of a layer that has none, its MLP's."""
     from megavlm.models.build import build_model, unwrap
     from megavlm.parallel.state import process_groups
     from megavlm.planning.flops import adapter_flops
 
     own = tiny_recipe(
-        model=EXPERTS,
+        model=model,
         lora={"rank": 4, "targets": ("all-linear",)},
         modules={"vision": {"freeze": True}, "connector": {"freeze": True}},
     )
     with process_groups(own.parallel, 1):
-        model = unwrap(build_model(own, 500)[0])
+        built = unwrap(build_model(own, 500)[0])
     language, expected = own.model.language, 0.0
-    for name, parameter in model.named_parameters():
+    for name, parameter in built.named_parameters():
         if name.endswith((".lora_a", ".lora_b")):
             share = language.moe_router_topk / language.num_moe_experts if ".local_experts." in name else 1
             expected += share * parameter.numel()

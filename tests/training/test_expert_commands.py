@@ -8,6 +8,7 @@ from pathlib import Path
 import expert_run_cases
 import pytest
 import ranks
+from benchmark_files import MAKERS
 from run_data import make_run_data
 
 L = "model.language."
@@ -47,8 +48,17 @@ def test_a_run_changes_its_layout_and_answers(tmp_path: Path) -> None:
     alone = ranks.megavlm(words).stdout
     split = ranks.megavlm([*words, *TP2, EP2], world=2)
     assert alone.splitlines()[-1] == split.stdout.splitlines()[-1] != ""
-    refused = ranks.megavlm([*words, EP2], world=2, check=False)
-    assert refused.code == 2 and "spreads a layer's experts over several replicas" in refused.stdout + refused.stderr
+    shared = ranks.megavlm([*words, EP2], world=2)  # by two replicas, which share the experts
+    assert alone.splitlines()[-1] == shared.stdout.splitlines()[-1]
+    mmmu = ["eval", str(tmp_path / "parts"), "--benchmark", "mmmu", "--max-new-tokens=4", "--panel-samples=0"]
+    mmmu += MAKERS["mmmu"](tmp_path)
+    ranks.megavlm([*mmmu, f"--out={tmp_path / 'one'}"])
+    ranks.megavlm([*mmmu, f"--out={tmp_path / 'two'}", EP2], world=2)
+    rows = [json.loads((tmp_path / out / "predictions.jsonl").read_text().splitlines()[-1]) for out in ("one", "two")]
+    assert rows[0]["prediction"] == rows[1]["prediction"] != ""
+    refused = ranks.megavlm([*words, EP2], world=4, check=False)
+    said = "replicas that share out experts have 2 ranks, and 4 processes were started"
+    assert refused.code == 2 and said in refused.stdout + refused.stderr
 
 
 @pytest.mark.long

@@ -30,9 +30,9 @@ EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 VPP2, OVERLAP = {"virtual_pipeline_model_parallel_size": 2}, {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FROZEN = {"modules": {"language": {"freeze": True}}}
 LORA = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "attn.c_proj"]}}
-# Beside each expert's gate, up and down, and the dense layer's; and beside some of them.
+# Beside gate, up and down of each expert, the shared ones and the dense layer; and beside some of them.
 ADAPTERS = {
-    "lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "w1", "gate_proj", "up_proj", "experts.down_proj"]}
+    "lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "w1", "gate_proj", "up_proj", "down_proj"]}
 }
 # Nothing beside experts: Megatron-Core has an optimizer of theirs alone.
 ALONE = {

@@ -26,7 +26,7 @@ from megavlm.inference.option_losses import option_losses
 from megavlm.inference.prompt import Prompt
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.lock import LockView
-from megavlm.parallel.state import agreed, is_first_stage, is_reader
+from megavlm.parallel.state import agreed, is_first_stage, is_reader, replicas_share_experts
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def answer_questions(
     begin: Callable[[], LockView],
 ) -> dict[str, Row] | None:
     """Answer the questions that have no prediction yet; data-parallel replicas share them out.
+
+    Replicas that share a layer's experts all answer all of them, and the first writes.
 
     Args:
         recipe: of the checkpoint, at this job's layout.
@@ -69,6 +71,10 @@ def answer_questions(
         before = set(known[0])
         todo = [one for one in questions if one.item.id not in before]
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        gathered: list[Any] = [None] * size
+        writes = is_reader() and not (replicas_share_experts() and rank)
+        if replicas_share_experts():
+            rank, size = 0, 1
         mine = todo[rank::size]
         rounds = -(-len(todo) // (size * at_once))
         logger.info("%d questions, %d answered before", len(questions), len(questions) - len(todo))
@@ -76,7 +82,7 @@ def answer_questions(
         with agreed("opening the predictions"):
             if dist.get_rank() == 0:
                 write_identity(folder, run, identity)
-            writer = PartWriter(folder, rank, run) if is_reader() else None
+            writer = PartWriter(folder, rank, run) if writes else None
         decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_first_stage() else None
         for index in range(rounds):
             some = mine[index * at_once : (index + 1) * at_once]
@@ -91,7 +97,6 @@ def answer_questions(
             logger.info("%d of %d answered", min(len(todo), (index + 1) * at_once * size), len(todo))
         if writer is not None:
             writer.close()
-        gathered: list[Any] = [None] * size
         dist.all_gather_object(gathered, found, group=mpu.get_data_parallel_group())
         if dist.get_rank() != 0:
             return None

@@ -127,12 +127,18 @@ def expert_parameters(language: DecoderConfig, experts: int, tensor: int) -> lis
     return [inner * hidden, width * hidden, *biases] * (language.num_moe_experts // experts)
 
 
+def _common_width(language: DecoderConfig) -> int:
+    """Return the width of the MLP that gets every token of a layer: beside experts, of the shared ones; or 0."""
+    if language.num_moe_experts is None:
+        return language.ffn_hidden_size
+    return language.moe_shared_expert_intermediate_size or 0
+
+
 def _active_width(language: DecoderConfig) -> int:
     """Return the width of all MLPs together that a token goes through in a layer."""
     if language.num_moe_experts is None:
         return language.ffn_hidden_size
-    shared = language.moe_shared_expert_intermediate_size or 0
-    return language.moe_router_topk * language.expert_width + shared
+    return language.moe_router_topk * language.expert_width + _common_width(language)
 
 
 def _beside(language: DecoderConfig, lora: LoraConfig, *, experts: bool) -> list[Target]:
@@ -164,7 +170,7 @@ def expert_adapter_parameters(language: DecoderConfig, lora: LoraConfig, experts
 def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[int]:
     """Return the elements of each adapter parameter of one language layer on one rank, but those of experts."""
     assert lora.rank is not None
-    hidden, width, ffn = language.hidden_size, language.kv_channels, language.ffn_hidden_size
+    hidden, width, ffn = language.hidden_size, language.kv_channels, _common_width(language)
     queries, keys = language.num_attention_heads * width, language.num_query_groups * width
     shapes = []
     for target in _beside(language, lora, experts=False):
@@ -186,7 +192,7 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
 
     Of experts, those of all copies that the tensor-parallel ranks have of it.
     """
-    hidden, ffn = language.hidden_size, language.ffn_hidden_size // tensor
+    hidden, ffn = language.hidden_size, _common_width(language) // tensor
     queries, keys = (
         n * language.kv_channels // tensor for n in (language.num_attention_heads, language.num_query_groups)
     )
@@ -197,6 +203,7 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
         "linear_fc1": (hidden, _inner_width(language) * ffn), "linear_fc2": (ffn, hidden),
     }  # fmt: skip
     if language.num_moe_experts is not None:
+        widths |= {f"shared_experts.{name}": widths[name] for name in ("linear_fc1", "linear_fc2")}
         copied, inner = language.moe_router_topk * hidden // tensor, language.moe_router_topk * language.expert_width
         widths["experts.linear_fc1"] = copied, _inner_width(language) * inner // tensor
         widths["experts.linear_fc2"] = inner // tensor, copied
@@ -205,8 +212,12 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
 
 @with_all_keys
 def linear_parameters(language: DecoderConfig, tensor: int) -> list[int]:
-    """Return the elements of a layer's four linear weights; norms and biases are smaller."""
-    return sorted(layer_parameters(language, tensor))[-4:]
+    """Return the elements of a layer's linear weights; of experts, those of the shared ones alone."""
+    hidden, queries = language.hidden_size, language.num_attention_heads * language.kv_channels
+    qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
+    ffn = _common_width(language) // tensor
+    mlp = [_inner_width(language) * ffn * hidden, ffn * hidden] if ffn else []
+    return [hidden * qkv, queries // tensor * hidden, *mlp]
 
 
 @with_all_keys
@@ -315,7 +326,7 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
     queries, keys = (n * language.kv_channels // tp for n in (language.num_attention_heads, language.num_query_groups))
     inputs = {
         "linear_qkv": local * language.hidden_size, "linear_proj": tokens * queries,
-        "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * language.ffn_hidden_size // tp,
+        "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * _common_width(language) // tp,
     }  # fmt: skip
     kept = 0
     if language.num_moe_experts is not None:  # of the copies of tokens
@@ -330,8 +341,10 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
         own = [target for target in _beside(language, lora, experts=False) if target.linear.endswith(name)]
         if not own:
             continue
-        # The fused attention's result is kept as such; dropout makes another tensor, and has a mask of bytes.
-        there = kernels.fused and name == "linear_proj" and not lora.dropout
+        # The fused attention's result is kept as such, and what a router reads, as shared experts do; dropout makes
+        # another tensor, and has a mask of bytes.
+        routed = name == "linear_fc1" and language.num_moe_experts is not None
+        there = (routed or (kernels.fused and name == "linear_proj")) and not lora.dropout
         kept += elements * (b * int(not there) + int(lora.dropout > 0))
         column = name in ("linear_qkv", "linear_fc1")
         kept += len(own) * (tokens if column else local) * lora.rank * b
@@ -384,7 +397,10 @@ def layer_passing(
     if lora.rank is not None:  # what adapters add to gate and up, before or after the activation's own gradient
         backward = 2 * stream + (gates + 2) * inner
     if lora.quantize is not None:  # the largest weight, while it multiplies
-        weight = max(linear_parameters(language, tp)) * b
+        each = [] if language.num_moe_experts is None else expert_parameters(
+            language, language.num_moe_experts, shards.expert_tensor
+        )  # fmt: skip
+        weight = max(*linear_parameters(language, tp), *each) * b
         forward += weight
         backward = 2 * stream + max((gates + 2) * inner, gates * inner + weight + wide)
     # What ranks gather to share key/value heads, before and after it is put in order, or its gradient. The rest of the

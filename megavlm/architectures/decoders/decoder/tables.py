@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
-from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, Target
+from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, SHARED_LINEARS, Target
 from megavlm.weights.rules import (
     CONCAT,
     HEAD_ROWS,
@@ -335,11 +335,18 @@ def _expert_targets(*, gated: bool, llama: bool) -> tuple[Target, ...]:
         for target in targets_in(QWEN3_MOE_LANGUAGE)
         if target.linear in EXPERT_LINEARS
     ]
-    if gated:
-        return tuple(found)
-    return tuple(
-        dataclasses.replace(target, part=0, parts=1) for target in found if target.part == target.parts - 1
-    )  # without the gate
+    return tuple(found) if gated else _without_gate(found)
+
+
+def _without_gate(found: list[Target]) -> tuple[Target, ...]:
+    return tuple(dataclasses.replace(target, part=0, parts=1) for target in found if target.part == target.parts - 1)
+
+
+@functools.cache
+def _shared_targets(*, gated: bool) -> tuple[Target, ...]:
+    """Return the linear layers of shared experts, as GLM-4.5 calls them."""
+    found = [target for target in targets_in(GLM_MOE_LANGUAGE) if target.linear in SHARED_LINEARS]
+    return tuple(found) if gated else _without_gate(found)
 
 
 def targets(language: DecoderConfig) -> tuple[Target, ...]:
@@ -351,4 +358,6 @@ def targets(language: DecoderConfig) -> tuple[Target, ...]:
         return found
     if all(experts):
         found = tuple(target for target in found if not target.linear.startswith("mlp."))
+    if language.moe_shared_expert_intermediate_size is not None:
+        found += _shared_targets(gated=language.gated_linear_unit)
     return found + _expert_targets(gated=language.gated_linear_unit, llama=language.layer_names == "llama")
