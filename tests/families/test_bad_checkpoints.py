@@ -69,6 +69,32 @@ def with_value(tree: dict[str, Any], place: tuple[str, ...], value: Any) -> dict
     return {**tree, key: with_value(tree[key], tuple(rest), value) if rest else value}
 
 
+@pytest.mark.family("qwen3_moe")
+def test_an_expert_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of those that have tensors of their own."""
+    source = make("qwen3_moe", tmp_path / "hf")
+    path, name = weights(source), "model.layers.0.mlp.experts.3.down_proj.weight"
+    state = loaded(path)
+    shape = list(state.pop(name).shape)
+    save(state, path)
+    line = refused(capsys, source, tmp_path / "m")
+    assert f"{name}: missing; the configuration asks for it with the shape {shape}" in line
+
+
+@pytest.mark.family("qwen3_vl_moe")
+def test_experts_of_one_tensor_that_are_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first axis counts them."""
+    source = make("qwen3_vl_moe", tmp_path / "hf")
+    path = weights(source)
+    state = loaded(path)
+    name = next(key for key in state if key.endswith("mlp.experts.down_proj"))
+    whole = list(state[name].shape)
+    state[name] = state[name][:-1].clone()
+    save(state, path)
+    line = refused(capsys, source, tmp_path / "m")
+    assert name in line and str(list(state[name].shape)) in line and str(whole) in line
+
+
 @pytest.mark.parametrize("name", families(whole=True))
 def test_a_part_that_the_family_does_not_have(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever names a part, in any file of the configuration."""
