@@ -55,7 +55,9 @@ def load_quantised(checkpoint: Path, module: Any) -> None:
         pieces = [(i * part + rank * share, i * part + (rank + 1) * share) for i in range(parts)]
         if size == 1:
             pieces = [(0, part * parts)]
-        weight = reader.read(_slot(module.config, number, name, shape)).to(device=device, dtype=linear.config.params_dtype)
+        weight = reader.read(_slot(module.config, number, name, shape)).to(
+            device=device, dtype=linear.config.params_dtype
+        )
         with torch.no_grad():
             linear.nf4 = quantise(weight, pieces, transposed=not column)
 

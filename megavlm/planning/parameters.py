@@ -123,7 +123,11 @@ def _chunk_parameters(
     numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.number]
     kinds, crossed = [kind for _, kind in numbered], set(language.cross_layers)
     trained, spread = learns[2] and lora.rank is None, Layers(0, 0, layers.experts, layers.expert_tensor)
-    found += [one for kind in kinds for one in _expert_parameters(kind, learns=trained, quantised=lora.quantize is not None, layers=spread)]
+    found += [
+        one
+        for kind in kinds
+        for one in _expert_parameters(kind, learns=trained, quantised=lora.quantize is not None, layers=spread)
+    ]
     shapes = [
         one
         for number, kind in numbered

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavlm.architectures.cost import (
-    expert_parameters,
     Attention,
     Kernels,
     LayerPassage,
@@ -21,6 +20,7 @@ from megavlm.architectures.cost import (
     adapter_products,
     cost_of,
     decoder_cost,
+    expert_parameters,
     layer_kinds,
 )
 from megavlm.config.schema import LanguageConfig, Recipe

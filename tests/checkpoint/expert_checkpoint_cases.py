@@ -15,8 +15,9 @@ import run_cases  # noqa: E402
 import torch  # noqa: E402
 from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
 
+from megavlm.architectures.adapters import frozen_linears  # noqa: E402
 from megavlm.checkpoint import saver  # noqa: E402
-from megavlm.checkpoint.distributed import save_weights  # noqa: E402
+from megavlm.checkpoint.distributed import load, save_weights  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.lora import linear_of  # noqa: E402
 from megavlm.layers.experts import routers_of  # noqa: E402
@@ -107,7 +108,7 @@ WIDE: dict[str, Any] = {
 
 def save_bases(root: str) -> int:
     """Save weights, and what bitsandbytes makes of the linear ones in 4 bits; return how many these are."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: PLC0415
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     recipe, rounded = tiny_recipe(**_recipe(WIDE, {}, "fp32")), 0
     with process_groups(recipe.parallel, 1):
@@ -120,7 +121,7 @@ def save_bases(root: str) -> int:
                     turned = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
                     whole = (weight.t() if turned else weight).contiguous()
                     made = dequantize_4bit(*quantize_4bit(whole, compress_statistics=True, quant_type="nf4"))
-                    assert 0.001 < (made - whole).abs().max()
+                    assert (made - whole).abs().max() > 0.001
                     weight.copy_(made.t() if turned else made)
                     rounded += 1
         save_weights(Path(root) / "rounded", modules, recipe_yaml=to_yaml(recipe))
@@ -137,3 +138,29 @@ def train_wide(root: str, jobs: list[tuple[str, dict[str, Any], str, str | None]
         )
         for name, layout, base, quantize in jobs
     ]  # fmt: skip
+
+
+def nf4_shares(root: str) -> dict[str, float]:
+    """Return by layer how far weights in 4 bits are from those that this rank has of the same base, as a share.
+
+    At TP 2, of MLPs without a gate and of a model with gates and experts.
+    """
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    plain = {key: value for key, value in WIDE.items() if "moe" not in key}
+    found = {}
+    for name, language in (("ungated", plain | {"gated_linear_unit": False, "activation": "gelu"}), ("gated", WIDE)):
+        recipe = tiny_recipe(**_recipe(language, layout, "fp32"))
+        base = str(Path(root) / name / "step-00000000")
+        lora = {"rank": 2, "targets": ("all-linear",), "quantize": "nf4"}
+        quantised = tiny_recipe(**_recipe(language, layout, "fp32") | {"lora": lora, "checkpoint": {"load": base}})
+        with process_groups(recipe.parallel, 1):
+            modules = [unwrap(chunk) for chunk in build_model(recipe, IMAGE_TOKEN)]
+            save_weights(Path(root) / name, modules, recipe_yaml=to_yaml(recipe))
+            own = dict(modules[0].named_parameters())
+            other = unwrap(build_model(quantised, IMAGE_TOKEN)[0])
+            load(Path(base), modules=[other])
+            for number, place, linear in frozen_linears(other.language):
+                whole = own[f"language.decoder.layers.{number}.{place}.weight"].detach()
+                apart = (linear.nf4.dequantise() - whole).norm() / whole.norm()
+                found[f"{name} {number} {place}"] = float(apart)
+    return found

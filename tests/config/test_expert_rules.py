@@ -124,7 +124,11 @@ def test_accepted(load, overrides, world_size):
         # Experts in all layers, and no MLP's layers; Mixtral's names are for Llamas.
         ([*EXPERTS, *LORA, "lora.targets=[w1]"], 1, "lora.targets: 'w1' is none of the language model's layers"),
         ([*EXPERTS, *LORA, "lora.targets=[experts.3.up_proj]"], 1, "lora.targets: 'experts.3.up_proj' is none of"),
-        ([*EXPERTS, *LORA, "lora.targets=[shared_experts.up_proj]"], 1, "lora.targets: 'shared_experts.up_proj' is none"),
+        (
+            [*EXPERTS, *LORA, "lora.targets=[shared_experts.up_proj]"],
+            1,
+            "lora.targets: 'shared_experts.up_proj' is none",
+        ),
         (
             [*EXPERTS, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[down_proj]"],
             4,

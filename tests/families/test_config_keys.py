@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_bad_checkpoints import FIRST, SHORT, with_value
-from test_round_trips import make
+from test_round_trips import CASES, make
 
 from megavlm.checkpoint.hf.given import open_directory, understand
 from megavlm.config.errors import UserError
@@ -137,6 +137,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Keys of published files, as their trainers' code writes them, that the tiny ones leave out."""
 WHOLE = [name for name in FIRST if {"vision", "connector", "language"} <= {*FAMILIES[name].parts}]
+SEVERAL = {
+    name: further
+    for name in WHOLE
+    if (further := [case for case, family in CASES.items() if family == name and case != FIRST[name]])
+}
+"""Further checkpoints of a family."""
 
 
 def places(tree: dict[str, Any], inside: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -178,6 +184,49 @@ def known(name: str, where: str) -> bool:
     return any(fnmatch(where, one) or fnmatch(where, f"*/{one}") for one in every)
 
 
+def files_of(source: Path) -> list[Path]:
+    """Return the files of a configuration."""
+    return sorted(file for file in source.rglob("*config.json") if file.name in FILES)
+
+
+def kinds(source: Path) -> set[tuple[str, ...]]:
+    """Return what a configuration says that its parts are."""
+
+    def named(tree: dict[str, Any], inside: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for place in places(tree, inside):
+            if place[-1] in ("model_type", "architectures"):
+                value: Any = tree
+                for key in place[len(inside) :]:
+                    value = value[key]
+                yield (*place, str(value))
+
+    return {one for path in files_of(source) for one in named(json.loads(path.read_text()), (path.name,))}
+
+
+def unheeded(source: Path, more: dict[str, Any]) -> set[str]:
+    """Return the places of a configuration whose value changes nothing; ``more`` are keys that it is given first."""
+    ignored = set[str]()
+    for path in files_of(source):
+        tree = json.loads(path.read_text())
+        tree = (more if path.name == "config.json" else {}) | tree
+        path.write_text(json.dumps(tree))
+        before = told(source)
+        assert not before.startswith("refused"), before
+        inside = [*path.relative_to(source).parts[: -1 if path.name == "config.json" else None]]
+        for place in places(tree):
+            value: Any = tree
+            for key in place:
+                value = value[key]
+            for other in others(value):
+                path.write_text(json.dumps(with_value(tree, place, other)))
+                if told(source) != before:
+                    break
+            else:
+                ignored.add("/".join((*inside, *place)))
+        path.write_text(json.dumps(tree))
+    return ignored
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -192,25 +241,20 @@ def known(name: str, where: str) -> bool:
     ],
 )
 def test_a_key_is_honoured_or_refused_or_has_no_effect(name: str, tmp_path: Path) -> None:
-    source, ignored = make(FIRST[name], tmp_path / "hf"), set[str]()
-    for path in sorted(file for file in source.rglob("*config.json") if file.name in FILES):
-        tree = json.loads(path.read_text())
-        tree = (PUBLISHED.get(name, {}) if path.name == "config.json" else {}) | tree
-        path.write_text(json.dumps(tree))
-        before = told(source)
-        assert not before.startswith("refused"), before
-        inside = [*path.relative_to(source).parts[: -1 if path.name == "config.json" else None]]
-        for place in places(tree):
-            value: Any = tree
-            for key in place:
-                value = value[key]
-            found = []
-            for other in others(value):
-                path.write_text(json.dumps(with_value(tree, place, other)))
-                found.append(told(source))
-            if set(found) == {before}:
-                ignored.add("/".join((*inside, *place)))
-        path.write_text(json.dumps(tree))
+    ignored = unheeded(make(FIRST[name], tmp_path / "hf"), PUBLISHED.get(name, {}))
     assert not {where for where in ignored if not known(name, where)}
     own = WITHOUT_EFFECT.get(name, ())
     assert {one for one in own if not any(fnmatch(where, one) for where in ignored)} == set(), "has an effect after all"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(name)) for name in SEVERAL])
+def test_so_are_those_beside_other_parts(name: str, tmp_path: Path) -> None:
+    """Of every further kind of configuration that a family's checkpoints have: other language models, towers."""
+    seen, found = [kinds(make(FIRST[name], tmp_path / "first"))], dict[str, set[str]]()
+    for case in SEVERAL[name]:
+        source = make(case, tmp_path / case)
+        if kinds(source) not in seen:
+            seen.append(kinds(source))
+            found[case] = {where for where in unheeded(source, {}) if not known(name, where)}
+    assert not {case: keys for case, keys in found.items() if keys}

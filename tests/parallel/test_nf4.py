@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -30,6 +32,14 @@ def test_shards_are_pieces_of_what_the_library_makes_of_the_whole(dtype: torch.d
         got = quantise(weight, pieces, transposed=transposed).dequantise()
         expected = torch.cat([whole[:, a:b] if transposed else whole[a:b] for a, b in pieces], dim=int(transposed))
         assert got.dtype is dtype and torch.equal(got, expected)
+
+
+@pytest.mark.long
+def test_ranks_have_the_shares_that_their_layers_would_have(tmp_path: Path) -> None:
+    """Also of an MLP without a gate, whose rows are one piece."""
+    for found in ranks.run("expert_checkpoint_cases:nf4_shares", str(tmp_path), world=2):
+        assert len(found) == 2 * 4 + 2 * 2 + 2 + 2 + 4 * 2
+        assert all(0.01 < apart < 0.15 for apart in found.values()), found
 
 
 def test_memory_is_half_a_byte_and_a_little() -> None:

@@ -278,7 +278,9 @@ def test_a_module_of_another_package_is_refused() -> None:
         del LANGUAGE._presets["theirs"]
 
 
-@pytest.mark.parametrize(("quantize", "shape"), [(None, "dense"), ("nf4", "dense"), (None, "experts"), ("nf4", "experts")])
+@pytest.mark.parametrize(
+    ("quantize", "shape"), [(None, "dense"), ("nf4", "dense"), (None, "experts"), ("nf4", "experts")]
+)
 def test_adapters_are_counted_as_they_are_built(quantize: str | None, shape: str) -> None:
     """And quantised weights with the bytes that they really take."""
     from megavlm.architectures.adapters import frozen_linears

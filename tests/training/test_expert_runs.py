@@ -31,9 +31,7 @@ VPP2, OVERLAP = {"virtual_pipeline_model_parallel_size": 2}, {"overlap_grad_redu
 FROZEN = {"modules": {"language": {"freeze": True}}}
 LORA = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "attn.c_proj"]}}
 # Beside gate, up and down of each expert, the shared ones and the dense layer; and beside some of them.
-ADAPTERS = {
-    "lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "w1", "gate_proj", "up_proj", "down_proj"]}
-}
+ADAPTERS = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "w1", "gate_proj", "up_proj", "down_proj"]}}
 # Nothing beside experts: Megatron-Core has an optimizer of theirs alone.
 ALONE = {
     "lora": {"rank": 2, "alpha": 8.0, "targets": ["experts.up_proj", "experts.down_proj"]},
