@@ -68,12 +68,12 @@ def _slot(config: Any, number: int, name: str, shape: tuple[int, int]) -> Slot:
     Layers of several kinds are not stacked.
     """
     alike = not config.hetereogenous_dist_checkpoint and config.moe_layer_freq == 1
-    numbers = (number, config.num_layers) if alike else (None, 0)
+    layer, layers = (number, config.num_layers) if alike else (None, 0)
     key = name if alike else f"{number}.{name}"
     expert = re.search(r"\.local_experts\.(\d+)\.", name)
-    own = (None, 0) if expert is None else (int(expert[1]), config.num_moe_experts)
+    own, experts = (None, 0) if expert is None else (int(expert[1]), config.num_moe_experts)
     key = key if expert is None else key.replace(expert[0], ".experts.")
-    return Slot(f"language.decoder.layers.{key}.weight", shape, *numbers, False, *own)
+    return Slot(f"language.decoder.layers.{key}.weight", shape, layer, layers, expert=own, experts=experts)
 
 
 def check_same_adapters(path: Path, recipe: Recipe, *, resuming: bool) -> None:

@@ -32,6 +32,7 @@ _TRAINING = (
     "attention_dropout", "dropout_prob", "embd_pdrop", "freeze_mm_mlp_adapter", "freeze_vision_tower",
     "hidden_dropout_prob", "initializer_factor", "mm_projector_lr", "non_lora_lr", "pretraining_tp",
     "projection_dropout", "resid_pdrop", "tune_mm_mlp_adapter", "use_mask_token", "use_mm_proj", "continuous_training",
+    "neftune_noise_alpha",
 )  # fmt: skip
 """What was trained and how; there is no dropout in training here (docs/conversion.md), and none in answers there."""
 _TOKENIZER = ("cache_dir", "mm_use_im_patch_token", "tokenizer_*", "llm_model_name_or_path")
@@ -40,9 +41,11 @@ _SHAPES = (
     "aligner_config/params/n_embed", "tie_word_embeddings", "vision_config/initializer_range", "initializer_range",
     "projection_dim", "text_config/num_image_tokens", "vocab_size", "hidden_size", "image_seq_length", "num_queries",
     "vision_config/embed_dim", "mm_projector/hidden_size", "max_window_layers", "layer_types", "sliding_window",
-    "vision_use_head", "original_max_position_embeddings",
+    "vision_use_head", "original_max_position_embeddings", "text_config/pixel_shuffle_factor",
 )  # fmt: skip
 """What the tensors' shapes, or another key beside, say, and what starts a tower that is not trained anew."""
+_ROUTERS = ("output_router_logits", "router_aux_loss_coef")
+"""Of a loss over all layers together, which only a training by Transformers takes (docs/conversion.md)."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # Its class takes the first from vocabulary_map, whatever is said, and the second for nothing.
     "chameleon": ("image_token_id", "model_parallel_size"),
@@ -83,12 +86,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "minicpm_llama3_v_2_5": ("batch_vision_input", "image_size", "slice_config/model_type"),
     "minicpm_v_2": ("image_size",),
     "qwen3_vl": ("text_config/rope_parameters/mrope_interleaved",),  # its code does not ask
-    # Of a loss over all layers together, which only a training by Transformers takes (docs/conversion.md).
-    "qwen3_vl_moe": (
-        "text_config/rope_parameters/mrope_interleaved",
-        "text_config/output_router_logits",
-        "text_config/router_aux_loss_coef",
-    ),
+    "qwen3_vl_moe": ("text_config/rope_parameters/mrope_interleaved",),
     # Of a training; vision_config.json has the tower's shape, whatever it is called.
     "moe_llava": (
         "mm_image_tower",
@@ -99,7 +97,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "moe/router_aux_loss_coef",
         "moe/train_modules",
     ),
-    "glm4v_moe": ("text_config/output_router_logits", "text_config/router_aux_loss_coef"),
     "llava_onevision1_5": ("text_config/image_token_id", "text_config/video_token_id"),  # the outer ones are asked
     # Dynamic: no effect up to the length that it is trained for.
     "internvl_chat": ("llm_config/rope_scaling/*", "template"),
@@ -119,7 +116,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 }
 """Keys of a family's own, with the reason above them; common ones stand in the tuples above."""
 FILES = ("config.json", "vision_config.json", "visual_config.json")
-COMMON = (*_PRETRAINED, *_TOKENS, *_TRAINING, *_TOKENIZER, *_SHAPES)
+COMMON = (*_PRETRAINED, *_TOKENS, *_TRAINING, *_TOKENIZER, *_SHAPES, *_ROUTERS)
 _LLAVA: dict[str, Any] = {
     "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", "mm_use_im_start_end": False,
     "mm_vision_select_feature": "patch",
