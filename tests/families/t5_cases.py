@@ -1,7 +1,6 @@
-"""A small T5 by Transformers, and what ranks do with it: loss and the gradient of every parameter, of packs of samples.
+"""What ranks do with a small T5: loss and the gradient of every parameter, of packs of samples.
 
-Two things of Transformers' class are changed: its output layer is a weight of its own, which version 5 ties although
-T5 1.1 and UL2 have two; and pictures are rows of features in front of the question's embeddings, as PaLI-3 has them.
+Pictures are rows of features in front of the question's embeddings, as PaLI-3 has them.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from t5_models import VOCAB, WIDTH, make, save  # noqa: E402
 from text_cases import recipe_of, shard  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from transformers import T5Config, T5ForConditionalGeneration  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
@@ -34,28 +33,10 @@ from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import run_batches  # noqa: E402
 from megavlm.weights.source import Source  # noqa: E402
 
-VOCAB, SLOT, PICTURE, PACK = 120, 119, 4, 64
+SLOT, PICTURE, PACK = VOCAB - 1, 4, 64
 SAMPLES = ((17, 6), (9, 4), (12, 9))
 """Tokens of the question and of the answer; a pack has room for more."""
 LOSS, GRADIENTS = 1e-5, 5e-5
-
-
-def make(gate: str) -> Any:
-    """Return the model, whose distances pass the last bucket."""
-    torch.manual_seed(3)
-    config = T5Config(
-        vocab_size=VOCAB, d_model=64, d_kv=24, d_ff=96, num_layers=3, num_heads=4, relative_attention_num_buckets=8,
-        relative_attention_max_distance=10, feed_forward_proj=gate, tie_word_embeddings=False, dropout_rate=0.0,
-    )  # fmt: skip
-    model = T5ForConditionalGeneration(config).eval()
-    model.lm_head.weight = nn.Parameter(torch.randn(VOCAB, 64) * 0.3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("layer_norm.weight"):
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            if name.endswith("relative_attention_bias.weight"):
-                parameter.copy_(torch.randn_like(parameter))
-    return model
 
 
 def samples() -> list[tuple[Tensor, Tensor]]:
@@ -68,7 +49,7 @@ def samples() -> list[tuple[Tensor, Tensor]]:
 
 
 def features() -> Tensor:
-    return torch.randn(PICTURE, 64, generator=torch.Generator().manual_seed(4))
+    return torch.randn(PICTURE, WIDTH, generator=torch.Generator().manual_seed(4))
 
 
 def logits_of(model: Any, question: Tensor, answer: Tensor, picture: Tensor | None) -> Tensor:
@@ -83,16 +64,8 @@ def logits_of(model: Any, question: Tensor, answer: Tensor, picture: Tensor | No
 def write_reference(directory: Path, path: Path, gate: str) -> dict[str, Any]:
     """Write a checkpoint and what its model computes, by the canonical names; return its language branch."""
     load_presets()
-    model = make(gate)
-    directory.mkdir(parents=True)
-    config = {**model.config.to_dict(), "tie_word_embeddings": False, "architectures": [type(model).__name__]}
-    config = {key: value for key, value in config.items() if key not in ("dense_act_fn", "is_gated_act")}
-    T5Config(**config).save_pretrained(directory)
-    _mark_untied(directory)
-    weights = {key: value.detach().clone() for key, value in model.named_parameters()}
-    for stack in ("encoder", "decoder"):
-        weights[f"{stack}.embed_tokens.weight"] = weights["shared.weight"].clone()
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    model, weights = make(gate), Source(save(directory, gate))
+    theirs = {name: weights.get(name) for name in weights.tensors}
     found: dict[str, Tensor] = {}
     logits = [logits_of(model, *sample, None) for sample in samples()]
     tokens = sum(len(answer) for _, answer in samples())
@@ -109,22 +82,14 @@ def write_reference(directory: Path, path: Path, gate: str) -> dict[str, Any]:
     with alone():
         rules = make_rules(FAMILIES["t5"], recipe.model, "", family_slots(FAMILIES["t5"], recipe.model))
     for rule in rules:
-        for kind, tensors in (("weight", weights), ("gradient", gradients)):
+        for kind, tensors in (("weight", theirs), ("gradient", gradients)):
             own = [tensors.pop(key) for key in rule.row.theirs]
             for key, value in zip(rule.row.ours, rule.to_ours(own), strict=True):
                 assert value.abs().max() > 0, key
                 found[f"{kind}.{key}"] = value.detach()
-    assert set(weights) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} and not gradients
+    assert set(theirs) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} and not gradients
     save_file({key: value.contiguous().clone() for key, value in found.items()}, path)
     return dict(branch)
-
-
-def _mark_untied(directory: Path) -> None:
-    """Have the file say what T5 1.1's does, which version 5 writes otherwise."""
-    import json  # noqa: PLC0415
-
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
 
 
 def weights_like(x: Tensor) -> Tensor:
