@@ -28,7 +28,9 @@ def t5_language(config: Mapping[str, Any], where: str) -> Tree:
     layers, gate = need(config, "num_layers", where), config.get("feed_forward_proj")
     expect(config, where, model_type="t5", quantization_config=None, num_decoder_layers=layers, is_encoder_decoder=True)
     if gate not in _GATES:
-        raise UserError(f"{where}: feed_forward_proj is {gate!r}; only {' or '.join(_GATES)} is supported (T5 1.1, UL2)")
+        raise UserError(
+            f"{where}: feed_forward_proj is {gate!r}; only {' or '.join(_GATES)} is supported (T5 1.1, UL2)"
+        )
     if config.get("tie_word_embeddings") is not False:
         raise UserError(
             f"{where}: tie_word_embeddings is {config.get('tie_word_embeddings')!r}; only false is supported: output"

@@ -79,7 +79,7 @@ class Parting:
         return found
 
 
-class RelativeBias(MegatronModule):
+class DistanceBias(MegatronModule):
     """T5's bias of heads by distance.
 
     Args:
@@ -119,7 +119,7 @@ class RelativeBias(MegatronModule):
         return first + np.where(far < exact, far, np.minimum(wide, buckets - 1))
 
 
-class RelativeAttention(MegatronModule):
+class DistanceAttention(MegatronModule):
     """Attention within segments, and from the decoder's to the encoder's, behind Megatron-Core's interface.
 
     What else it takes is Megatron-Core's.
@@ -154,7 +154,7 @@ class RelativeAttention(MegatronModule):
             query: [Q, N, D].
             key: [K, N, D].
             value: like ``key``.
-            attention_mask: [2 L - 1, N] biases of :class:`RelativeBias`; None from decoder to encoder. Megatron-Core
+            attention_mask: [2 L - 1, N] biases of :class:`DistanceBias`; None from decoder to encoder. Megatron-Core
                 hands its mask through recomputation, with gradients, and its bias not.
             attn_mask_type: that of the constructor.
             attention_bias: None.
@@ -210,16 +210,16 @@ class EncoderDecoderBlock(TransformerBlock):
     """The decoder's block, which has the encoder's in it. A built block is turned into one."""
 
     encoder: TransformerBlock
-    relative: RelativeBias
-    encoder_relative: RelativeBias
+    relative: DistanceBias
+    encoder_relative: DistanceBias
 
     @classmethod
     def take_over(cls, block: TransformerBlock, encoder: TransformerBlock, buckets: int, farthest: int) -> None:
         """Turn ``block``, of layers that attend to ``encoder``'s output, into one of these."""
         block.__class__ = cls
         block.encoder = encoder
-        block.encoder_relative = RelativeBias(block.config, buckets, farthest, both_ways=True)
-        block.relative = RelativeBias(block.config, buckets, farthest, both_ways=False)
+        block.encoder_relative = DistanceBias(block.config, buckets, farthest, both_ways=True)
+        block.relative = DistanceBias(block.config, buckets, farthest, both_ways=False)
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Any, **kwargs: Any

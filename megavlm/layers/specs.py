@@ -23,7 +23,7 @@ from megavlm.layers.attention import CompactSelfAttention, TorchAttention
 from megavlm.layers.cross import CrossHeads, CrossSubmodules, PictureAttention, PictureLayer
 from megavlm.layers.cross_beside import FeatureAttention, FeatureLayer
 from megavlm.layers.deepstack import DeepstackLayer
-from megavlm.layers.encoder_decoder import AnsweringLayer, EncodedAttention, RelativeAttention
+from megavlm.layers.encoder_decoder import AnsweringLayer, EncodedAttention, DistanceAttention
 from megavlm.layers.experts import experts_mlp
 from megavlm.layers.head_norm import HeadNormSelfAttention
 from megavlm.layers.mamba import MambaMixer, MambaSubmodules
@@ -284,7 +284,7 @@ def stack_modules(*, decodes: bool, transformer_engine: bool) -> Modules:
             module=CompactSelfAttention,
             params={"attn_mask_type": AttnMaskType.causal if decodes else AttnMaskType.no_mask},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=column, core_attention=RelativeAttention, linear_proj=row,
+                linear_qkv=column, core_attention=DistanceAttention, linear_proj=row,
                 q_layernorm=IdentityOp, k_layernorm=IdentityOp,
             ),
         ),
@@ -298,10 +298,12 @@ def stack_modules(*, decodes: bool, transformer_engine: bool) -> Modules:
     )  # fmt: skip
     if decodes:
         parts.pre_cross_attn_layernorm, parts.cross_attn_bda = norm, get_bias_dropout_add
-        own = CrossAttentionSubmodules(linear_q=column, linear_kv=column, core_attention=RelativeAttention,
+        own = CrossAttentionSubmodules(linear_q=column, linear_kv=column, core_attention=DistanceAttention,
                                        linear_proj=row)  # fmt: skip
         parts.cross_attention = ModuleSpec(module=EncodedAttention, submodules=own)
-    return Modules(RelativeAttention, norm, ModuleSpec(AnsweringLayer if decodes else TransformerLayer, submodules=parts))
+    return Modules(
+        DistanceAttention, norm, ModuleSpec(AnsweringLayer if decodes else TransformerLayer, submodules=parts)
+    )
 
 
 def _with_experts(

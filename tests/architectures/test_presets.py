@@ -74,6 +74,8 @@ LANGUAGE_SIZES = {
     # What MambaForCausalLM has of the public configurations.
     "mamba_130m": 129_135_360,
     "mamba_2_8b": 2_768_345_600,
+    # What T5ForConditionalGeneration has of google/t5-v1_1-xl's configuration, with an output layer of its own.
+    "t5_xl": 2_849_757_184,
 }
 
 

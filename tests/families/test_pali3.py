@@ -1,4 +1,4 @@
-"""PaLI-3's shape, small: a SigLIP tower and a T5 learn the same at two layouts, and checkpoints go from one to the other."""
+"""PaLI-3, small: a SigLIP tower and a T5 learn the same at two layouts, and checkpoints go from one to the other."""
 
 from __future__ import annotations
 

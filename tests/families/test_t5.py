@@ -1,4 +1,4 @@
-"""An encoder and a decoder learn what Transformers' T5 does, at several layouts; what does not go with them is refused."""
+"""An encoder and a decoder learn what Transformers' T5 does, at one process and cut over two."""
 
 from __future__ import annotations
 

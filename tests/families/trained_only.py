@@ -45,7 +45,7 @@ TRAINED_ONLY: dict[str, WholeFamily] = {
     "pali3": part(
         Lack(_CODE),
         f"{_CODE}; its language model against Transformers' T5 in test_t5.py, steps at two layouts in test_pali3.py",
-        presets={"pali3_5b": Published(0)},
+        presets={"pali3_5b": Published(4_695_939_456)},
         recipes={
             "pali3_5b/stage1": _PALI3(ALL[1:], length=384, tokens=256),
             "pali3_5b/stage2_812": _PALI3(ALL, length=3584, tokens=3364, after="pali3_5b/stage1"),

@@ -1,4 +1,4 @@
-"""Published T5s and UL2s: one row each, by the name that a recipe calls them."""
+"""Published T5s: one row each, by the name that a recipe calls them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,4 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny_t5": {**_size(2, 128, 256, 4, 32, 512), "init_method_std": 0.08},
     # google/t5-v1_1-xl: what PaLI-3 has of UL2 (arXiv 2310.09199 says "3B" alone, so this shape is unchecked).
     "t5_xl": _size(24, 2048, 5120, 32, 64),
-    # google/ul2, from memory.
-    "ul2_20b": {**_size(32, 4096, 16384, 16, 256), "activation": "silu"},
 }
