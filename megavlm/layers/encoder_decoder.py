@@ -1,9 +1,9 @@
 """An encoder and a decoder in one block of layers (T5, arXiv 1910.10683; UL2, arXiv 2205.05131).
 
 What stands in front of a sample's answer goes through the encoder, whose positions all see each other; the rest through
-the decoder, whose layers attend to what is before them, and then to what the encoder made of their sample. The decoder's
-first position is the last one in front of the answer (T5's ``decoder_start_token_id``). Which these are is told by the
-spans of the pack (``megavlm.data.spans``, kind ``prefix``).
+the decoder, whose layers attend to what is before them, and then to what the encoder made of their sample. Its first
+position is the last one in front of the answer (T5's ``decoder_start_token_id``). Which these are is told by the spans
+of the pack (``megavlm.data.spans``, kind ``prefix``).
 
 Heads have a bias by the distance between query and key, one table for all layers of a stack, in self-attention alone;
 products of queries and keys are not divided (``T5Attention`` of Transformers, ``models/t5/modeling_t5.py``).
@@ -11,8 +11,8 @@ products of queries and keys are not divided (``T5Attention`` of Transformers, `
 The block takes and gives the rows of the whole pack, as Megatron-Core's GPTModel has them between embedding and output
 layer: those of the encoder come back as zeros, and no loss counts them.
 
-Shape legend: S positions of a pack, P and Q those of the encoder and of the decoder with what fills them up for sequence
-parallelism, K keys, N heads of this tensor-parallel rank, D width of a head, E width of the model, L one more than the
+Shape legend: S positions of a pack, P and Q those of the encoder and of the decoder with what fills them up for
+sequence parallelism, K keys, N heads of this tensor-parallel rank, D width of a head, E width of the model, L one more than the
 largest distance.
 """
 
@@ -221,7 +221,7 @@ class EncoderDecoderBlock(TransformerBlock):
         block.encoder_relative = DistanceBias(block.config, buckets, farthest, both_ways=True)
         block.relative = DistanceBias(block.config, buckets, farthest, both_ways=False)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Any, **kwargs: Any
     ) -> Tensor:
         """Return [S, 1, E] of a pack of whole samples, with sequence parallelism this rank's rows.

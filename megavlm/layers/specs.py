@@ -23,7 +23,7 @@ from megavlm.layers.attention import CompactSelfAttention, TorchAttention
 from megavlm.layers.cross import CrossHeads, CrossSubmodules, PictureAttention, PictureLayer
 from megavlm.layers.cross_beside import FeatureAttention, FeatureLayer
 from megavlm.layers.deepstack import DeepstackLayer
-from megavlm.layers.encoder_decoder import AnsweringLayer, EncodedAttention, DistanceAttention
+from megavlm.layers.encoder_decoder import AnsweringLayer, DistanceAttention, EncodedAttention
 from megavlm.layers.experts import experts_mlp
 from megavlm.layers.head_norm import HeadNormSelfAttention
 from megavlm.layers.mamba import MambaMixer, MambaSubmodules

@@ -50,8 +50,8 @@ class EncoderDecoderConfig(LanguageConfig):
     """Standard deviation of the initial weights of the linear layers, of the embedding and of the biases by distance;
     output projections get it divided by sqrt(2 x layers), and queries by sqrt(kv_channels)."""
 
-    @property
-    def tie_word_embeddings(self) -> bool:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def tie_word_embeddings(self) -> bool:
         """They are two weights."""
         return False
 
@@ -82,8 +82,8 @@ def rules(language: EncoderDecoderConfig, layout: ParallelConfig) -> Iterator[st
         yield from divides(f"{_OWN}.{key}", getattr(language, key), layout.tensor_model_parallel_size, TP)
     if language.relative_farthest <= language.relative_buckets // 2:
         yield (
-            f"{_OWN}.relative_farthest: {language.relative_farthest} is no more than the distances that have a bias each"
-            f" (half of relative_buckets, {language.relative_buckets}); take more"
+            f"{_OWN}.relative_farthest: {language.relative_farthest} is no more than the distances that have a bias"
+            f" each (half of relative_buckets, {language.relative_buckets}); take more"
         )
     for key, why in (
         ("pipeline_model_parallel_size", "an encoder and a decoder are not cut into stages"),
