@@ -107,6 +107,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "internlm2": ("decoders.decoder",),
     "minicpm": ("decoders.decoder",),
     "mamba": ("decoders.mamba",),
+    "t5": ("decoders.encoder_decoder",),
     "clip": ("towers.vit",),
     "siglip": ("towers.vit",),
     "siglip2": ("towers.packed_vit",),

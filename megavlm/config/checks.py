@@ -8,6 +8,7 @@ from pathlib import Path
 from megavlm.config.architecture import BRANCHES, CONNECTORS, architecture_of
 from megavlm.config.codes import codes_rules
 from megavlm.config.context import CP, context_rules
+from megavlm.config.encoder import encoder_rules
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
 from megavlm.config.experts import expert_rules, expert_world
@@ -44,7 +45,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     """
     rules = (
         _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _recorded, _exports, _loss,
-        engine_rules, expert_rules, lora_rules, vision_rules, context_rules, codes_rules,
+        engine_rules, expert_rules, lora_rules, vision_rules, context_rules, codes_rules, encoder_rules,
         *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]

@@ -94,6 +94,11 @@ class LanguageTraits:
         return False
 
     @property
+    def encodes(self) -> bool:
+        """Whether an encoder of its own reads what stands in front of an answer (T5)."""
+        return False
+
+    @property
     def output_rows(self) -> int:
         """Rows of the output layer, without padding."""
         own: Any = self

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from megavlm.data.template import IMAGES, SYSTEM, TEXT, ControlToken, Template, trained
 from megavlm.data.template_rows_minigpt import MINIGPT_ROWS
+from megavlm.data.template_rows_pali3 import PALI3
 
 
 def _needs(*names: str) -> tuple[ControlToken, ...]:
@@ -485,5 +486,5 @@ ROWS = (
     VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, VICUNA_V1_IM_END, IMP_PHI2,
     IMP_PHI3, IMP_QWEN2, ALLAVA, LLAMA_2, MISTRAL, MGM_MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA,
     GEMMA3, MGM_GEMMA, PALIGEMMA, DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MLLAMA, MINICPM_LLAMA_3,
-    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, GLM4_5V, INTERNVL2_5, CHATML_DIRECT, VARY, *MINIGPT_ROWS,
+    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, GLM4_5V, INTERNVL2_5, CHATML_DIRECT, VARY, *MINIGPT_ROWS, PALI3,
 )  # fmt: skip

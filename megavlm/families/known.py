@@ -78,6 +78,7 @@ _OURS = (
     "megavlm.families.internlm2:InternLM2Family",
     "megavlm.families.minicpm:MiniCPMFamily",
     "megavlm.families.mamba:MambaFamily",
+    "megavlm.families.t5:T5Family",
     "megavlm.families.vit:ClipFamily",
     "megavlm.families.vit:SiglipFamily",
     "megavlm.families.siglip2:Siglip2Family",

@@ -75,6 +75,7 @@ _MINIGPT: dict[str, tuple[dict[str, Any], str]] = {
 def register() -> None:
     """Register them."""
     _register_of_the_blip_line()
+    _register_pali3()
     for name, (language, projector) in _MOBILEVLM.items():
         MODELS.register(
             f"mobilevlm_{name}",
@@ -150,6 +151,17 @@ def register() -> None:
             image={"kind": "squash"},
             template=template,
         )
+
+
+def _register_pali3() -> None:
+    """Register PaLI-3 (arXiv 2310.09199), whose parts' shapes are unchecked; no weights exist."""
+    MODELS.register(
+        "pali3_5b",
+        vision={"preset": "siglip_g_14_224"},
+        connector={"preset": "linear"},
+        language={"preset": "t5_xl"},
+        template="pali3",
+    )
 
 
 def _register_of_the_blip_line() -> None:

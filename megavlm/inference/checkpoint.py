@@ -20,6 +20,7 @@ from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, tokenizer_of, with_tokenizer
 from megavlm.families.presets import expand_presets
+from megavlm.inference.generate import check_answers
 from megavlm.inference.sampling import Sampling
 from megavlm.planning.layout import with_parallel, with_placement
 
@@ -118,6 +119,7 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))
+    check_answers(recipe.model)
     given = {override.partition("=")[0] for override in overrides}
     if world_size == 1 and given.isdisjoint(f"parallel.{name}" for name in _ALONE):
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **_ALONE))

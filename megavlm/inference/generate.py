@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megavlm.config.errors import UserError
+from megavlm.config.schema import ModelConfig
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
 from megavlm.data.positions import OwnPositions
@@ -54,6 +55,19 @@ class Chosen:
     """The best tokens with theirs, as many as ``Sampling.report`` says."""
 
 
+def check_answers(model: ModelConfig) -> None:
+    """Check that a model can answer.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if model.language.encodes:
+        raise UserError(
+            f"model.language.preset: {model.language.preset} is an encoder-decoder, which is trained here and does not"
+            " answer; its loss on data.validation is what there is to measure it by"
+        )
+
+
 def generate(
     chunks: Sequence[Any],
     prompts: Sequence[Prompt],
@@ -85,7 +99,7 @@ def generate(
         logits are not finite, which is logged.
 
     Raises:
-        UserError: a prompt and its longest answer do not fit ``pack_length``.
+        UserError: a prompt and its longest answer do not fit ``pack_length``, or the model does not answer.
     """
     broken = 0
     for tokens in generating(
@@ -124,6 +138,7 @@ def generating(
     Raises:
         UserError: as :func:`generate`.
     """
+    check_answers(unwrap(chunks[0]).settings)
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
     longest = max(lengths, default=0)

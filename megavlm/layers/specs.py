@@ -9,7 +9,7 @@ from typing import Any, Literal
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -23,6 +23,7 @@ from megavlm.layers.attention import CompactSelfAttention, TorchAttention
 from megavlm.layers.cross import CrossHeads, CrossSubmodules, PictureAttention, PictureLayer
 from megavlm.layers.cross_beside import FeatureAttention, FeatureLayer
 from megavlm.layers.deepstack import DeepstackLayer
+from megavlm.layers.encoder_decoder import AnsweringLayer, DistanceAttention, EncodedAttention
 from megavlm.layers.experts import experts_mlp
 from megavlm.layers.head_norm import HeadNormSelfAttention
 from megavlm.layers.mamba import MambaMixer, MambaSubmodules
@@ -264,6 +265,45 @@ def mamba_modules(
         ),
     )
     return Modules(MambaMixer, norm, layer)
+
+
+def stack_modules(*, decodes: bool, transformer_engine: bool) -> Modules:
+    """Return the parts of a layer of an encoder, or of the decoder that attends to it.
+
+    With Transformer Engine the norms are its (not run on a GPU), and the linear layers plain.
+    """
+    norm: Any = TorchNorm
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
+
+        norm = TENorm
+    column, row = ColumnParallelLinear, RowParallelLinear
+    parts = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=CompactSelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal if decodes else AttnMaskType.no_mask},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=column, core_attention=DistanceAttention, linear_proj=row,
+                q_layernorm=IdentityOp, k_layernorm=IdentityOp,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation_of(swiglu)),
+        ),
+        mlp_bda=get_bias_dropout_add,
+    )  # fmt: skip
+    if decodes:
+        parts.pre_cross_attn_layernorm, parts.cross_attn_bda = norm, get_bias_dropout_add
+        own = CrossAttentionSubmodules(linear_q=column, linear_kv=column, core_attention=DistanceAttention,
+                                       linear_proj=row)  # fmt: skip
+        parts.cross_attention = ModuleSpec(module=EncodedAttention, submodules=own)
+    return Modules(
+        DistanceAttention, norm, ModuleSpec(AnsweringLayer if decodes else TransformerLayer, submodules=parts)
+    )
 
 
 def _with_experts(

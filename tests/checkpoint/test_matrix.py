@@ -63,9 +63,10 @@ EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32
 Q_FORMER = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
 OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
 """Connectors of two towers, by the architecture of the pair."""
-ELSEWHERE = ("tiled_vit", "vq_gan", "codes")
+ELSEWHERE = ("tiled_vit", "vq_gan", "codes", "encoder_decoder")
 """A picture is one token here, and layers attend to it: tests/models/test_cross.py, tests/families/test_mllama.py. Or
-it is codes, of a tower that is never trained: tests/families/test_chameleon.py.
+it is codes, of a tower that is never trained: tests/families/test_chameleon.py. Or there is no pipeline:
+tests/families/test_pali3.py.
 
 Layers that attend to a second tower's features beside text: tests/models/test_cross_beside.py, their family's row."""
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}

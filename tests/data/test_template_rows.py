@@ -86,7 +86,7 @@ def test_twenty_conversations_as_published(name: str) -> None:
         )
         else 6
         if "plain" in name
-        or name in ("paligemma", "hpt_llama_3")
+        or name in ("pali3", "paligemma", "hpt_llama_3")
         or name.startswith(("cogvlm", "cogagent", "chameleon"))
         else 19
         if name == "glm4_5v"

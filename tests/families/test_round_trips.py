@@ -33,6 +33,7 @@ from pieces_models import PIECES
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
+from t5_models import T5
 from text_cases import ROWS
 from tinyllava_models import TINYLLAVA
 from tower_models import TOWERS
@@ -69,6 +70,7 @@ OTHERS = (
     | IDEFICS3
     | MLLAMA
     | MOE_LLAVA
+    | T5
     | VARY
 )
 CASES = {

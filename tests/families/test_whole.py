@@ -356,6 +356,7 @@ def model_of(preset: str) -> ModelConfig:
 
 def recipe_of(model: dict[str, Any], tensor: int) -> Recipe:
     words = [f"model={json.dumps(model)}", f"parallel.tensor_model_parallel_size={tensor}"]
+    words.append("data.balance_images=false")  # which asks for a cost, that not all have
     return load_recipe("internvl3_8b/sft", [*words, "parallel.pipeline_model_parallel_size=1"], expand_presets)
 
 

@@ -203,8 +203,8 @@ ROWS: dict[str, Kind] = {
 }
 EXPERTS = ("qwen3_moe", "qwen3_moe_unnormed", "mixtral", "glm4_moe")
 """Rows with experts."""
-ELSEWHERE = {"qwen"}
-"""Kinds that other tests hold: Qwen v1 (tests/models/test_reference.py)."""
+ELSEWHERE = {"qwen", "t5"}
+"""Kinds that other tests hold: Qwen v1 (tests/models/test_reference.py), T5 (test_t5.py)."""
 OTHERS = {"mamba"}
 """Kinds that are of another architecture than the decoders', and no half of a composed model."""
 
@@ -376,9 +376,10 @@ def shard(whole: Tensor, parameter: nn.Parameter, key: str) -> Tensor:
 def kinds() -> set[str]:
     """Return the presets that fix what a kind of language model has."""
     from megavlm.architectures.decoders.decoder.presets import KINDS
+    from megavlm.architectures.decoders.encoder_decoder.presets import KINDS as T5
     from megavlm.architectures.decoders.mamba.presets import KINDS as MAMBA
 
-    return {*KINDS, *MAMBA}
+    return {*KINDS, *MAMBA, *T5}
 
 
 def branches_of(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,12 @@ _PRETRAIN = partial(
 )
 _SFT = partial(Stage, ALL, 1e-5, 10_000, 256, 2048, 720, warmup=300, adam=(0.9, 0.95, 1e-8, 1))
 
-PARTS = {"mm1": ("towers.vit", "connectors.c_abstractor", "decoders.decoder")}
+_PALI3 = partial(Stage, lr=1e-5, steps=10_000, batch=32, warmup=500, decay=0.03)
+
+PARTS = {
+    "mm1": ("towers.vit", "connectors.c_abstractor", "decoders.decoder"),
+    "pali3": ("towers.vit", "connectors.mlp", "decoders.encoder_decoder"),
+}
 """As ``family_choice.PARTS``."""
 TRAINED_ONLY: dict[str, WholeFamily] = {
     "mm1": part(
@@ -35,6 +40,16 @@ TRAINED_ONLY: dict[str, WholeFamily] = {
             for stage, found in (
                 ("pretrain", _PRETRAIN(lr=lr, least=least)), ("sft", _SFT(f"mm1_{size}/pretrain"))
             )
+        },
+    ),
+    "pali3": part(
+        Lack(_CODE),
+        f"{_CODE}; its language model against Transformers' T5 in test_t5.py, steps at two layouts in test_pali3.py",
+        presets={"pali3_5b": Published(4_695_939_456)},
+        recipes={
+            "pali3_5b/stage1": _PALI3(ALL[1:], length=384, tokens=256),
+            "pali3_5b/stage2_812": _PALI3(ALL, length=3584, tokens=3364, after="pali3_5b/stage1"),
+            "pali3_5b/stage2_1064": _PALI3(ALL, length=6016, tokens=5776, after="pali3_5b/stage2_812"),
         },
     ),
 }  # fmt: skip

@@ -441,5 +441,6 @@ ROWS: dict[str, WholeFamily] = {
             "glm4_moe", "mamba",
         )
     },
+    "t5": part(("t5", "ul2"), "a language model alone; loss, logits and gradients at two layouts: test_t5.py"),
     "mm_projector": part(Lack("one file: test_llava_original.py"), "a connector alone; numbers are those of llava"),
 }  # fmt: skip

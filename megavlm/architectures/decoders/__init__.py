@@ -1,3 +1,3 @@
 """Language models: one folder each, named here."""
 
-FOLDERS = ("decoder", "mamba")
+FOLDERS = ("decoder", "mamba", "encoder_decoder")

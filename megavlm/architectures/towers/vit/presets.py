@@ -107,6 +107,9 @@ SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
     "siglip_so400m_14_224": (ViTSize(224, 14, 1152, 27, 16, 4304, 16), _SIGLIP),
     "siglip_so400m_14_448": (ViTSize(448, 14, 1152, 27, 16, 4304, 32), _SIGLIP),
     "siglip_so400m_14_896": (ViTSize(896, 14, 1152, 27, 16, 4304, 64), _SIGLIP),
+    # PaLI-3's SigLIP ViT-G/14 (arXiv 2310.09199): the shape is that of G/14 in big_vision's models/vit.py
+    # (arXiv 2106.04560, table 2). Its weights were not published.
+    "siglip_g_14_224": (ViTSize(224, 14, 1664, 48, 16, 8192, 16), _SIGLIP),
     # google/siglip2-{base,large,so400m,giant-opt}-patch16-*; those of 14 pixels a patch are SigLIP's in shape.
     "siglip2_base_16_224": (ViTSize(224, 16, 768, 12, 12, 3072, 14), _SIGLIP),
     "siglip2_large_16_384": (ViTSize(384, 16, 1024, 24, 16, 4096, 24), _SIGLIP),
