@@ -13,6 +13,8 @@ def codes_rules(recipe: Recipe) -> Iterator[str]:
     """Yield what does not go with codes, or with no codes."""
     model = recipe.model
     codes, tokens = model.vision.codes, model.language.picture_tokens
+    if recipe.loss.image_tokens and tokens is None:
+        yield f"loss.image_tokens: pictures of the tower {model.vision.preset!r} are no tokens; set it to 0"
     if codes is None:
         if model.connector.takes_codes:
             yield (

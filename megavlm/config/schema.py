@@ -443,6 +443,9 @@ class LossConfig:
     kind: Literal["token_mean", "task_mean"] = "token_mean"
     """token_mean: the mean over all supervised tokens of the step; task_mean: the mean over each task's supervised
     tokens, and of these the mean by loss_weight over the tasks in the step (multi-task fine-tuning)."""
+    image_tokens: float = Field(default=0.0, ge=0, le=100)
+    """What the loss of predicting a picture's token is multiplied by, in models whose pictures are tokens (Chameleon).
+    0 predicts none, and takes these tokens out of the softmax. Data must have codes (megavlm prepare --image-codes)."""
 
 
 @config_class

@@ -1,0 +1,157 @@
+"""Chameleon's codes in shards: prepared once, read in the place of pixels, predicted, and refused where they are
+others."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import torch
+import yaml
+from chameleon_models import CODES, FILES, SIDE, chameleon
+from safetensors.torch import load_file
+from tokenizer_files import write_qwen2
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from whole_source import photographs
+
+from megavlm.cli import main
+from megavlm.config.errors import UserError
+from megavlm.config.load import load_recipe
+from megavlm.config.schema import Recipe
+from megavlm.data.batch import IGNORE_INDEX
+from megavlm.data.codes import CARD, check_codes, picture_tokens, read_card
+from megavlm.data.energon_dataset import PackEncoder, RawSample
+from megavlm.data.media import plan_of
+from megavlm.data.shard_reader import open_shards
+from megavlm.data.tokenizer import tokenizer_of
+from megavlm.families.presets import expand_presets
+
+pytestmark = pytest.mark.family("chameleon")
+
+SPECIAL = ("<s>", "</s>", "<reserved08706>", "<racm3:break>", "<eoss>", "<image>")
+PER_PICTURE = (SIDE // 4) ** 2
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tiny checkpoint with its tokenizer, and data with its codes."""
+
+    root: Path
+    first: int
+    """Token of code 0."""
+
+    def words(self, output: str, data: str, *more: str) -> list[str]:
+        """Return the arguments of ``megavlm train``."""
+        return [
+            "train", str(self.root / "recipe.yaml"), f"output_dir={self.root / output}",
+            f"data.train.0.path={self.root / data}", *more,
+        ]  # fmt: skip
+
+    def recipe(self, *more: str) -> Recipe:
+        """Return the recipe itself."""
+        return load_recipe(self.root / "recipe.yaml", list(more), expand_presets)
+
+
+def records(root: Path) -> None:
+    """Write pictures, and records of which some show two, and some none; and one whose answer is a picture."""
+    rows: list[dict[str, Any]] = []
+    for number, picture in enumerate(photographs([(20 + number, 40) for number in range(12)])):
+        picture.save(root / f"{number}.png")
+        shown = f"<img>{number}.png</img>" * (1 + (number == 3)) if number % 4 else ""
+        turns = [{"from": "user", "value": f"{shown}what is {number}"}, {"from": "assistant", "value": f"it is {number}"}]
+        rows.append({"conversations": turns})
+    (root / "rows.json").write_text(json.dumps(rows))
+    answer = [{"from": "user", "value": "draw"}, {"from": "assistant", "value": "see <img>1.png</img>"}]
+    (root / "draws.json").write_text(json.dumps([*rows, {"conversations": answer}]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("codes")
+    hf = root / "hf"
+    hf.mkdir()
+    names = list(NAMES_ONLY)
+    path = write_qwen2(hf, added=SPECIAL, plain=names)
+    ids = {one["content"]: one["id"] for one in json.loads(path.read_text())["added_tokens"]}
+    chameleon(first=ids[names[0]], image=ids["<image>"]).save_pretrained(hf)
+    (hf / "preprocessor_config.json").write_text(json.dumps(FILES))
+    assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(root / "m")]) == 0
+    records(root)
+    prepared(root, "pixels")
+    prepared(root, "codes", "--image-codes", str(root / "m"), "--codes-only")
+    tree = yaml.safe_load((root / "m" / "recipe.yaml").read_text())
+    own = {"model": tree["model"], **yaml.safe_load(RUN.format(root=root))}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(own))
+    return Made(root, ids[names[0]])
+
+
+NAMES_ONLY = ["IMGIMG" + "".join("ABCDEFGHIJ"[int(one)] for one in str(code)) + "Z" for code in range(CODES)]
+RUN = """
+output_dir: {root}/run
+data:
+  train: [{{path: {root}/pixels}}]
+  tokenizer: {root}/hf/tokenizer.json
+  image_decoder: pil
+  sequence_length: 128
+  num_workers: 0
+  packing_buffer_size: 8
+  shuffle_buffer_size: 8
+optimizer: {{lr: 2e-3}}
+training: {{train_steps: 2, global_batch_size: 2, precision: fp32}}
+checkpoint: {{load: {root}/m}}
+logging: {{log_interval: 1}}
+"""
+
+
+def prepared(root: Path, name: str, *words: str, source: str = "rows.json") -> Path:
+    """Run ``megavlm prepare``."""
+    assert main(["prepare", str(root / source), "--out", str(root / name), *words]) == 0
+    return root / name
+
+
+def members(directory: Path) -> dict[str, bytes]:
+    """Return all codes of a data set, by key and number."""
+    reader = open_shards(str(directory))
+    rows = [reader[number] for number in range(len(reader))]
+    return {f"{one['__key__']}.{k}": v for one in rows for k, v in one.items() if k.startswith("codes")}
+
+
+def losses(made: Made, run: str) -> list[float]:
+    lines = (made.root / run / "metrics.jsonl").read_text().splitlines()
+    return [one["loss"] for one in map(json.loads, lines) if "loss" in one]
+
+
+def test_codes_are_those_of_transformers_however_they_are_made(made: Made) -> None:
+    """Beside pictures, in other shards, with other threads: the same bytes; and no pictures with --codes-only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    beside = prepared(made.root, "beside", "--image-codes", str(made.root / "m"), "--samples-per-shard", "5")
+    torch.set_num_threads(threads)
+    found = members(made.root / "codes")
+    assert members(beside) == found and len(found) == 10
+    one, other = read_card(made.root / "codes"), read_card(beside)
+    assert one is not None and other == replace(one, pictures=True) and not one.pictures
+    files = {name for number in (0, 3) for name in open_shards(str(made.root / "codes"))[number]}
+    assert not any(name.startswith("img") for name in files)
+    processor = AutoImageProcessor.from_pretrained(made.root / "hf", backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(made.root / "hf", dtype=torch.float32)
+    for number in (1, 11):
+        pixels = processor(photographs([(20 + n, 40) for n in range(12)])[number], return_tensors="pt")["pixel_values"]
+        expected = model.model.get_image_tokens(torch.as_tensor(pixels)).flatten() - made.first
+        key = next(key for key in found if f"-{number:08d}." in key)
+        codes = np.frombuffer(found[key], "<i2")
+        assert codes.tolist() == expected.tolist() and len(set(codes.tolist())) > 3
+
+
+@pytest.mark.dist
+def test_training_from_codes_is_training_from_pixels(made: Made) -> None:
+    for run in ("pixels", "codes"):
+        ranks.megavlm(made.words(f"run-{run}", run), world=1)
+    assert losses(made, "run-codes") == losses(made, "run-pixels") and len(losses(made, "run-codes")) == 2
