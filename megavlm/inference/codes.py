@@ -1,9 +1,13 @@
-"""The encoder of a model whose pictures are tokens, alone: it makes the codes that ``megavlm prepare`` stores."""
+"""Models whose pictures are tokens: their encoder alone, for ``megavlm prepare``; and pictures as answers.
+
+Shape legend: P codes of a picture.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,10 @@ from megavlm.data.codes import CodesCard, PictureCoder, image_words
 from megavlm.data.decode import PilDecoder
 from megavlm.data.images import ImageError
 from megavlm.data.media import plan_of
+from megavlm.data.tokenizer import Tokenizer
 from megavlm.inference.checkpoint import recipe_at_layout
+from megavlm.inference.sampling import Sampling
+from megavlm.inference.session import Asked, Session
 from megavlm.models.build import build_context
 from megavlm.models.codes import encoder_digest
 from megavlm.models.front import build_front
@@ -100,3 +107,49 @@ def _card(recipe: Recipe, checkpoint: Path, *, pictures: bool) -> Any:
         return CodesCard(encoder, image, count, plan.tokens_per_view, pictures, recipe.training.precision)
 
     return made
+
+
+def check_says_pictures(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Check that a model's answer can be a picture.
+
+    Raises:
+        UserError: its pictures are features or several views, or its tokenizer has not their tokens.
+    """
+    tokens, plan = recipe.model.language.picture_tokens, plan_of(recipe.model)
+    if tokens is None or not plan.fixed:
+        raise UserError(
+            f"--image-tokens: pictures of the tower {recipe.model.vision.preset!r} are no tokens of one view, so that"
+            " none can be answered; leave it out"
+        )
+    if tokenizer.vocab_size < tokens[1]:
+        raise UserError(
+            f"--image-tokens: the tokenizer has {tokenizer.vocab_size} tokens, and pictures those up to {tokens[1] - 1}"
+            " (model.language.image_tokens); name the checkpoint's own tokenizer"
+        )
+
+
+def answer_picture(model: Session, asked: Asked, sampling: Sampling) -> NDArray[np.int64]:
+    """Answer a conversation with a picture, and return its [P] codes; a collective over the job.
+
+    The template's token in front of a picture is written, then P tokens of pictures are chosen among these alone.
+
+    Args:
+        model: which :func:`check_says_pictures` has passed.
+        asked: the conversation; the same on all ranks.
+        sampling: how tokens are chosen.
+
+    Raises:
+        UserError: the conversation with the picture does not fit the context, or cannot be answered.
+    """
+    tokens = model.recipe.model.language.picture_tokens
+    assert tokens is not None
+    known = model.encoded(asked)
+    assert known.tokens is not None
+    ids, (begin, _) = model.tokenizer.ids, model.tokenizer.template.image
+    lead = [ids[begin]] if begin else []
+    known = replace(known, tokens=np.append(known.tokens, lead).astype(np.int64))
+    count = plan_of(model.recipe.model).tokens_per_view
+    said = model.answer(known, max_new_tokens=count, sampling=replace(sampling, only=tokens))
+    chosen = [piece.token for piece in said if piece.token is not None]
+    assert len(chosen) == count, "an answer of a picture ended early"
+    return np.asarray(chosen, np.int64) - tokens[0]

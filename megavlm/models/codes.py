@@ -37,17 +37,23 @@ def tokens_of(recipe: Recipe, chunk: Any) -> PictureTokens | None:
 
 def say_pictures(chunks: Sequence[Any], said: bool) -> None:
     """Let the logits of pictures' tokens be the model's own, or take them out of the softmax (as they are built)."""
-    for chunk in chunks:
-        unwrap(chunk).language.says_pictures = said
+    for language in _speakers(chunks):
+        language.says_pictures = said
 
 
 @contextlib.contextmanager
 def saying_pictures(chunks: Sequence[Any], said: bool) -> Iterator[None]:
     """Do so inside the block."""
-    before = [getattr(unwrap(chunk).language, "says_pictures", False) for chunk in chunks]
+    before = [(language, language.says_pictures) for language in _speakers(chunks)]
     say_pictures(chunks, said)
     try:
         yield
     finally:
-        for chunk, was in zip(chunks, before, strict=True):
-            say_pictures([chunk], was)
+        for language, was in before:
+            language.says_pictures = was
+
+
+def _speakers(chunks: Sequence[Any]) -> list[Any]:
+    """Return the language models, of chunks that give logits, whose pictures are tokens."""
+    found = [unwrap(chunk).language for chunk in chunks]
+    return [language for language in found if hasattr(language, "says_pictures")]

@@ -15,16 +15,18 @@ import pytest
 import ranks
 import torch
 import yaml
-from chameleon_models import CODES, FILES, SIDE, chameleon
+from chameleon_models import CODES, FILES, IMAGE, SIDE, ChameleonSource, chameleon
 from safetensors.torch import load_file
 from tokenizer_files import write_qwen2
+from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
-from whole_source import photographs
+from whole import Shown
+from whole_source import photographs, write_reference
 
 from megavlm.cli import main
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.codes import CARD, check_codes, picture_tokens, read_card
 from megavlm.data.energon_dataset import PackEncoder, RawSample
@@ -35,6 +37,11 @@ from megavlm.families.presets import expand_presets
 
 pytestmark = pytest.mark.family("chameleon")
 
+LAYOUT = [
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
+]
 SPECIAL = ("<s>", "</s>", "<reserved08706>", "<racm3:break>", "<eoss>", "<image>")
 PER_PICTURE = (SIDE // 4) ** 2
 
@@ -102,6 +109,7 @@ data:
   sequence_length: 128
   num_workers: 0
   packing_buffer_size: 8
+  balance_images: false
   shuffle_buffer_size: 8
 optimizer: {{lr: 2e-3}}
 training: {{train_steps: 2, global_batch_size: 2, precision: fp32}}
@@ -155,3 +163,61 @@ def test_training_from_codes_is_training_from_pixels(made: Made) -> None:
     for run in ("pixels", "codes"):
         ranks.megavlm(made.words(f"run-{run}", run), world=1)
     assert losses(made, "run-codes") == losses(made, "run-pixels") and len(losses(made, "run-codes")) == 2
+
+
+class SayingSource(ChameleonSource):
+    """Transformers' class, whose logits of pictures' tokens are not masked; the samples hold these tokens."""
+
+    def shown(self, model: ModelConfig, sizes: list[tuple[int, int]], words: int) -> Shown:
+        """Return what Transformers makes of the pixels in their places."""
+        sample = super().shown(model, sizes, words)
+        ids = sample.ids.clone()
+        if sizes:
+            with torch.no_grad():
+                ids[ids == IMAGE] = self.model.model.get_image_tokens(sample.given["pixel_values"]).flatten()
+        return Shown(ids, {}, torch.zeros(0, *plan_of(model).row), torch.zeros(0, 2, dtype=torch.long), [])
+
+    def features(self, sample: Shown) -> Tensor:
+        """Return none: they are among the tokens."""
+        return torch.zeros(0, 1)
+
+    def logits(self, sample: Shown) -> Tensor:
+        """Run the model without what its class does to its logits at the end."""
+        hidden = self.model.model(input_ids=sample.ids[None]).last_hidden_state
+        found: Tensor = self.model.lm_head(hidden)[0]
+        return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("behind", [pytest.param(False, id="7b"), pytest.param(True, id="34b", marks=pytest.mark.long)])
+def test_predicted_tokens_of_pictures_are_those_of_transformers(behind: bool, tmp_path: Path) -> None:
+    """Logits, losses and gradients, with text answers that hold none; at one process and TP 2 x PP 2 + SP."""
+    source, reference = SayingSource(behind=behind), tmp_path / "reference.safetensors"
+    (tmp_path / "hf").mkdir()
+    source.save(tmp_path / "hf")
+    assert main(["convert", "hf-to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "m")]) == 0
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", ["data.train.0.path=x", "data.tokenizer=x"], expand_presets)
+    write_reference(source, "chameleon", recipe, reference)
+    wanted = load_file(reference)
+    for layout, world in (([], 1), (LAYOUT, 4)):
+        words = ["loss.image_tokens=1", *layout]
+        for proof in ranks.run(
+            "whole_cases:prove", str(tmp_path / "m"), str(reference), words, world=world, planned=False
+        ):
+            assert max(proof.largest.values()) <= 2e-4, proof.largest
+            assert max(proof.packed.values()) <= 5e-5 and max(proof.alone.values()) <= 5e-5
+            assert proof.loss == pytest.approx((float(wanted["mean_loss"]),) * 2, rel=1e-5)
+            assert proof.answers == [wanted[f"s{number}.answer"].tolist() for number in range(3)]
+            assert proof.steps[0] > proof.steps[1] > proof.steps[2]
+
+
+@pytest.mark.dist
+def test_a_picture_as_the_answer(made: Made) -> None:
+    """As many codes as a picture has, those of whole forward passes; the same at TP 2 x PP 2 + SP."""
+    where = (str(made.root / "recipe.yaml"), str(made.root / "m"))
+    (one,) = ranks.run("chameleon_cases:said", *where, [], world=1)
+    many = ranks.run("chameleon_cases:said", *where, LAYOUT, world=4)
+    assert len(one["codes"]) == PER_PICTURE and one["codes"] == one["whole"]
+    assert 0 <= min(one["codes"]) <= max(one["codes"]) < CODES and one["drawn"] != one["codes"]
+    assert one["others"] and one["masked"] < -1e30
+    assert all((rank["codes"], rank["drawn"]) == (one["codes"], one["drawn"]) for rank in many)
