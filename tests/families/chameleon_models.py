@@ -19,6 +19,8 @@ VQ: dict[str, Any] = {
     "embed_dim": 24, "num_embeddings": CODES, "latent_channels": 16, "resolution": SIDE, "base_channels": 32,
     "channel_multiplier": [1, 1, 2], "num_res_blocks": BLOCKS,
 }  # fmt: skip
+
+
 def names_of(first: int) -> dict[str, int]:
     """Return the tokens of codes by their names."""
     return {

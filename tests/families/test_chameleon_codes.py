@@ -24,6 +24,7 @@ from whole import Shown
 from whole_source import photographs, write_reference
 
 from megavlm.cli import main
+from megavlm.config.checks import check_recipe
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import ModelConfig, Recipe
@@ -72,7 +73,10 @@ def records(root: Path) -> None:
     for number, picture in enumerate(photographs([(20 + number, 40) for number in range(12)])):
         picture.save(root / f"{number}.png")
         shown = f"<img>{number}.png</img>" * (1 + (number == 3)) if number % 4 else ""
-        turns = [{"from": "user", "value": f"{shown}what is {number}"}, {"from": "assistant", "value": f"it is {number}"}]
+        turns = [
+            {"from": "user", "value": f"{shown}what is {number}"},
+            {"from": "assistant", "value": f"it is {number}"},
+        ]
         rows.append({"conversations": turns})
     (root / "rows.json").write_text(json.dumps(rows))
     answer = [{"from": "user", "value": "draw"}, {"from": "assistant", "value": "see <img>1.png</img>"}]
@@ -174,7 +178,7 @@ class SayingSource(ChameleonSource):
         ids = sample.ids.clone()
         if sizes:
             with torch.no_grad():
-                ids[ids == IMAGE] = self.model.model.get_image_tokens(sample.given["pixel_values"]).flatten()
+                ids[ids == IMAGE] = self.model.model.get_image_tokens(sample.given["pixel_values"]).flatten().long()
         return Shown(ids, {}, torch.zeros(0, *plan_of(model).row), torch.zeros(0, 2, dtype=torch.long), [])
 
     def features(self, sample: Shown) -> Tensor:
@@ -221,3 +225,122 @@ def test_a_picture_as_the_answer(made: Made) -> None:
     assert 0 <= min(one["codes"]) <= max(one["codes"]) < CODES and one["drawn"] != one["codes"]
     assert one["others"] and one["masked"] < -1e30
     assert all((rank["codes"], rank["drawn"]) == (one["codes"], one["drawn"]) for rank in many)
+
+
+def encoded(made: Made, data: str, *words: str) -> list[Any]:
+    """Return what the reader makes of each sample of a data set: the sample, or why it is left out."""
+    recipe = made.recipe(f"data.train.0.path={made.root / data}", *words)
+    encoder = PackEncoder(
+        recipe.data, ["data"], tokenizer_of(recipe), plan_of(recipe.model), codes=picture_tokens(recipe)
+    )
+    reader, found = open_shards(str(made.root / data)), []
+    for number in range(len(reader)):
+        raw = reader[number]
+        files = {key: value for key, value in raw.items() if not key.startswith("__")}
+        checked = encoder.encode_sample(RawSample(raw["__key__"], (), files, 0, raw["__shard__"], None))
+        found.append(checked.sample.encoded if checked.sample is not None else checked.skipped.cause)
+    return found
+
+
+def test_labels_of_pictures_by_the_key(made: Made) -> None:
+    """0 predicts none; 1 all, in questions and answers; 0.5 with this weight. The tokens are those of the codes."""
+    prepared(made.root, "draws", "--image-codes", str(made.root / "m"), source="draws.json")
+    plain, whole, half = (encoded(made, "draws", f"loss.image_tokens={key}") for key in (0, 1, 0.5))
+    codes = members(made.root / "draws")
+    assert plain[-1] == "an answer shows a picture, and loss.image_tokens is 0"
+    for number, (one, other) in enumerate(zip(whole, half, strict=True)):
+        shown = np.flatnonzero((one.tokens >= made.first) & (one.tokens < made.first + CODES))
+        mine = [np.frombuffer(codes[key], "<i2") for key in sorted(codes) if f"-{number:08d}." in key]
+        assert one.tokens[shown].tolist() == [int(code) + made.first for part in mine for code in part]
+        assert (one.labels[shown] == one.tokens[shown]).all() and one.weights is None
+        assert (other.labels == one.labels).all() and (other.weights is None) == (not len(shown))
+        if len(shown):
+            assert (
+                set(other.weights[shown].tolist()) == {0.5} and other.weights.sum() == len(one.tokens) - len(shown) / 2
+            )
+        if number < len(whole) - 1:
+            assert (plain[number].tokens == one.tokens).all() and (plain[number].labels[shown] == IGNORE_INDEX).all()
+    assert len(codes) == 11 and len(whole[-1].tokens) > PER_PICTURE
+    assert all(
+        isinstance(one, str) == (number % 4 > 0)
+        for number, one in enumerate(encoded(made, "pixels", "loss.image_tokens=1"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "cause"),
+    [
+        (
+            b"\x28\x00" * PER_PICTURE,
+            f"bad codes (a code of a picture is not from 0 to {CODES - 1}; run megavlm prepare",
+        ),
+        (
+            b"\xff\xff" * PER_PICTURE,
+            f"bad codes (a code of a picture is not from 0 to {CODES - 1}; run megavlm prepare",
+        ),
+        (b"\x01\x00" * (PER_PICTURE - 1), f"bad codes (codes of a picture are not {PER_PICTURE}; run megavlm prepare"),
+    ],
+)
+def test_bad_codes_cost_their_sample(spoilt: bytes, cause: str, made: Made) -> None:
+    recipe = made.recipe()
+    encoder = PackEncoder(
+        recipe.data, ["data"], tokenizer_of(recipe), plan_of(recipe.model), codes=picture_tokens(recipe)
+    )
+    raw = open_shards(str(made.root / "codes"))[1]
+    files = {"json": raw["json"], "codes0": spoilt}
+    checked = encoder.encode_sample(RawSample("key", (), files, 0, "shard-000000.tar", None))
+    assert checked.sample is None and checked.skipped is not None and checked.skipped.cause.startswith(cause)
+    assert (checked.skipped.shard, checked.skipped.key) == ("shard-000000.tar", "key")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"encoder": "0" * 64}, f"encoder is {'0' * 64}, this run's is"),
+        ({"num_codes": 41}, "num_codes is 41, this run's is 40 (model.language.image_tokens)"),
+        ({"image": "SquashPlan()"}, "image is SquashPlan(), this run's is"),
+        ({"version": 2}, "is of version 2, this megavlm's is 1"),
+        ({"more": 2}, "is damaged; run megavlm prepare --image-codes again"),
+    ],
+)
+def test_codes_of_another_model_are_refused(change: dict[str, Any], words: str, made: Made, tmp_path: Path) -> None:
+    tree = json.loads((made.root / "codes" / CARD).read_text())
+    (tmp_path / CARD).write_text(json.dumps(tree | change))
+    with pytest.raises(UserError, match=re.escape(words)) as raised:
+        check_codes(tmp_path, picture_tokens(made.recipe(), tree["encoder"]))
+    assert str(tmp_path / CARD) in str(raised.value)
+
+
+@pytest.mark.dist
+def test_what_codes_do_not_go_with_is_said_before_training(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another encoder's codes; pixels that are not there; options and keys that go with codes alone."""
+    other = shutil.copytree(made.root / "codes", made.root / "other")
+    card = json.loads((other / CARD).read_text())
+    (other / CARD).write_text(json.dumps(card | {"encoder": "f" * 64}))
+    done = ranks.megavlm(made.words("run-other", "other"), world=1, check=False)
+    assert set(done.codes.values()) == {2} and "encoder is ffff" in done.stdout + done.stderr
+    check_codes(made.root / "pixels", None)
+    with pytest.raises(UserError, match="prepare it again without --codes-only"):
+        check_codes(made.root / "codes", None)
+    rows, out = str(made.root / "rows.json"), str(made.root / "never")
+    page = ["inspect", "--recipe", str(made.root / "recipe.yaml"), str(made.root / "codes"), "-o", f"{out}.html"]
+    m = str(made.root / "m")
+    for words, line in (
+        (["prepare", rows, "--out", out, "--codes-only"], "--codes-only needs --image-codes CHECKPOINT"),
+        (["prepare", rows, "--out", out, "--image-codes", out], "never"),
+        (["generate", m, "--prompt", "a", "--image-tokens", "a.png"], "must end with .npy or .json"),
+        (["generate", m, "--prompt", "a", "--image-tokens", "a.npy", "--max-new-tokens", "3"], "leave it out"),
+        (page, "prepare it again without --codes-only"),
+    ):
+        assert main(words) == 2 and line in capsys.readouterr().err
+    assert not Path(out).exists()
+    with pytest.raises(UserError, match=re.escape("loss.image_tokens: pictures of the tower")):
+        check_recipe(load_recipe("any/sft", ["loss.image_tokens=1"], expand_presets))
+
+
+def test_the_command_writes_a_pictures_codes(made: Made) -> None:
+    for name in ("a.npy", "a.json"):
+        words = ["generate", str(made.root / "m"), f"data.tokenizer={made.root / 'hf' / 'tokenizer.json'}"]
+        assert main([*words, "--prompt", "draw", "--image-tokens", str(made.root / name)]) == 0
+    codes = np.load(made.root / "a.npy").tolist()
+    assert json.loads((made.root / "a.json").read_text()) == {"codes": codes} and len(codes) == PER_PICTURE
