@@ -26,10 +26,10 @@ class Sampling:
         repetition_penalty: logits of tokens that the prompt or the answer has are divided by this where they are
             positive and multiplied where they are negative (CTRL, arXiv 1909.05858); 1 for none.
         seed: of the draws; prompt i draws from seed + i, whatever is answered beside it and at whatever layout.
-        only: choose among the tokens from the first of these two up to the one in front of the second; None for all. So
-            a model says a picture, where its pictures are tokens.
         report: with each token come its log probability and those of so many best tokens; None for neither. They are
             the model's own, before all of the above.
+        only: choose among the tokens from the first of these two up to the one in front of the second; None for all. So
+            a model says a picture, where its pictures are tokens.
 
     Raises:
         UserError: a value is out of its range.
@@ -40,8 +40,8 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
-    only: tuple[int, int] | None = None
     report: int | None = None
+    only: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -169,6 +169,22 @@ def test_training_from_codes_is_training_from_pixels(made: Made) -> None:
     assert losses(made, "run-codes") == losses(made, "run-pixels") and len(losses(made, "run-codes")) == 2
 
 
+@pytest.mark.dist
+@pytest.mark.long
+def test_the_same_cut_over_ranks(made: Made) -> None:
+    """At TP 2 x PP 2 + SP, to the bit; with tokens of pictures predicted as well, there and at CP 2."""
+    for run in ("pixels", "codes"):
+        ranks.megavlm(made.words(f"cut-{run}", run, *LAYOUT), world=4)
+    assert losses(made, "cut-codes") == losses(made, "cut-pixels") and len(losses(made, "cut-codes")) == 2
+    predicted = {"one": ([], 1), "four": (LAYOUT, 4), "context": (["parallel.context_parallel_size=2"], 2)}
+    for run, (layout, world) in predicted.items():
+        ranks.megavlm(made.words(f"said-{run}", "codes", "loss.image_tokens=1", *layout), world=world)
+    one = losses(made, "said-one")
+    assert abs(one[0] - losses(made, "cut-codes")[0]) > 0.01
+    assert losses(made, "said-four") == pytest.approx(one, rel=1e-5)
+    assert losses(made, "said-context") == pytest.approx(one, rel=1e-5)
+
+
 class SayingSource(ChameleonSource):
     """Transformers' class, whose logits of pictures' tokens are not masked; the samples hold these tokens."""
 
@@ -193,7 +209,8 @@ class SayingSource(ChameleonSource):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("behind", [pytest.param(False, id="7b"), pytest.param(True, id="34b", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("behind", [False, True], ids=["7b", "34b"])
 def test_predicted_tokens_of_pictures_are_those_of_transformers(behind: bool, tmp_path: Path) -> None:
     """Logits, losses and gradients, with text answers that hold none; at one process and TP 2 x PP 2 + SP."""
     source, reference = SayingSource(behind=behind), tmp_path / "reference.safetensors"
@@ -216,6 +233,7 @@ def test_predicted_tokens_of_pictures_are_those_of_transformers(behind: bool, tm
 
 
 @pytest.mark.dist
+@pytest.mark.long
 def test_a_picture_as_the_answer(made: Made) -> None:
     """As many codes as a picture has, those of whole forward passes; the same at TP 2 x PP 2 + SP."""
     where = (str(made.root / "recipe.yaml"), str(made.root / "m"))
@@ -280,6 +298,7 @@ def test_labels_of_pictures_by_the_key(made: Made) -> None:
         ),
         (b"\x01\x00" * (PER_PICTURE - 1), f"bad codes (codes of a picture are not {PER_PICTURE}; run megavlm prepare"),
     ],
+    ids=["above", "below", "few"],
 )
 def test_bad_codes_cost_their_sample(spoilt: bytes, cause: str, made: Made) -> None:
     recipe = made.recipe()
@@ -318,7 +337,7 @@ def test_what_codes_do_not_go_with_is_said_before_training(made: Made, capsys: p
     card = json.loads((other / CARD).read_text())
     (other / CARD).write_text(json.dumps(card | {"encoder": "f" * 64}))
     done = ranks.megavlm(made.words("run-other", "other"), world=1, check=False)
-    assert set(done.codes.values()) == {2} and "encoder is ffff" in done.stdout + done.stderr
+    assert set(done.codes) == {2} and "encoder is ffff" in done.stdout + done.stderr
     check_codes(made.root / "pixels", None)
     with pytest.raises(UserError, match="prepare it again without --codes-only"):
         check_codes(made.root / "codes", None)
@@ -338,6 +357,7 @@ def test_what_codes_do_not_go_with_is_said_before_training(made: Made, capsys: p
         check_recipe(load_recipe("any/sft", ["loss.image_tokens=1"], expand_presets))
 
 
+@pytest.mark.long
 def test_the_command_writes_a_pictures_codes(made: Made) -> None:
     for name in ("a.npy", "a.json"):
         words = ["generate", str(made.root / "m"), f"data.tokenizer={made.root / 'hf' / 'tokenizer.json'}"]
