@@ -38,7 +38,7 @@ from megavlm.parallel.device import local_device
 from megavlm.parallel.state import process_groups
 
 
-class _Encoder(MegatronModule):
+class _PictureEncoder(MegatronModule):
     """The tower, under the name that its weights have in the whole model."""
 
     def __init__(self, vision: Any, config: TransformerConfig) -> None:
@@ -68,7 +68,7 @@ def picture_coder(checkpoint: Path, *, pictures: bool) -> Iterator[PictureCoder]
     registry.load()
     with process_groups(recipe.parallel, recipe.training.seed):
         vision, _ = build_front(recipe.model, build_context(recipe))
-        module = _Encoder(vision.to(local_device()).eval(), vision.config)
+        module = _PictureEncoder(vision.to(local_device()).eval(), vision.config)
         load(base_for(path, recipe.checkpoint.load) or path, modules=[module])
 
         def encode(picture: bytes) -> NDArray[np.int64]:

@@ -354,7 +354,7 @@ def test_what_codes_do_not_go_with_is_said_before_training(made: Made, capsys: p
         assert main(words) == 2 and line in capsys.readouterr().err
     assert not Path(out).exists()
     with pytest.raises(UserError, match=re.escape("loss.image_tokens: pictures of the tower")):
-        check_recipe(load_recipe("any/sft", ["loss.image_tokens=1"], expand_presets))
+        check_recipe(load_recipe("llava_1_5_7b/sft", ["loss.image_tokens=1"], expand_presets))
 
 
 @pytest.mark.long
