@@ -141,8 +141,8 @@ def picture_tokens(recipe: Recipe, encoder: str | None = None) -> PictureTokens 
     if not (plan := plan_of(model)).fixed:
         if recipe.loss.image_tokens:
             raise UserError(
-                f"loss.image_tokens: model.image.kind {model.image.kind} makes several views of a picture, whose codes are"
-                " not stored; take crop, or set it to 0"
+                f"loss.image_tokens: model.image.kind {model.image.kind} makes several views of a picture, whose codes"
+                " are not stored; take crop, or set it to 0"
             )
         return None
     first, stop = model.language.picture_tokens
