@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from megavlm.config.errors import UserError
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
 from megavlm.inference.turns import in_their_order, read_film, read_image, system_turns, user_turn, write_any_text
 
+_LONGEST = 256
+_CODES = (".npy", ".json")
 INTERMIXED = True
 """Overrides may stand between the options."""
 
@@ -36,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--boxes", type=Path, metavar="OUT.png", help="draw the boxes of the answer on the first picture"
     )
-    add_sampling_arguments(parser, 256)
+    parser.add_argument(
+        "--image-tokens", type=Path, metavar="OUT",
+        help="of a model whose pictures are tokens (Chameleon): answer with a picture; write its codes (.npy, .json)",
+    )  # fmt: skip
+    add_sampling_arguments(parser, _LONGEST)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the prompt does not fit its pictures or the context, or an image or film is broken.
     """
     sampling = sampling_of(args)
+    _check_picture(args)
     recipe, checkpoint, tokenizer = model_of(args)
     images = tuple(read_image(path) for path in args.image)
     films = tuple(read_film(path) for path in args.video)
@@ -61,6 +70,15 @@ def run(args: argparse.Namespace) -> int:
     from megavlm.inference.session import Asked, session  # noqa: PLC0415 - imports Megatron-Core
 
     asked = Asked(turns, in_their_order(turns, images, films))
+    if args.image_tokens is not None:
+        from megavlm.inference.codes import answer_picture, check_says_pictures  # noqa: PLC0415
+
+        check_says_pictures(recipe, tokenizer)
+        with session(recipe, checkpoint, tokenizer, args.context) as model:
+            codes = answer_picture(model, asked, sampling)
+            if dist.get_rank() == 0:
+                _write_codes(args.image_tokens, codes.tolist())
+        return 0
     answer = ""
     with session(recipe, checkpoint, tokenizer, args.context) as model:
         first = dist.get_rank() == 0
@@ -81,3 +99,26 @@ def run(args: argparse.Namespace) -> int:
             args.boxes.parent.mkdir(parents=True, exist_ok=True)
             picture.save(args.boxes)
     return 0
+
+
+def _check_picture(args: argparse.Namespace) -> None:
+    """Refuse what does not go with a picture as the answer."""
+    if args.image_tokens is None:
+        return
+    if args.image_tokens.suffix not in _CODES:
+        raise UserError(f"--image-tokens {args.image_tokens}: must end with {' or '.join(_CODES)}; name another file")
+    if args.boxes is not None:
+        raise UserError("--boxes: a picture has no boxes in its text; leave --boxes or --image-tokens out")
+    if args.max_new_tokens != _LONGEST:
+        raise UserError("--max-new-tokens: a picture has as many tokens as the model gives it; leave it out")
+
+
+def _write_codes(path: Path, codes: list[int]) -> None:
+    """Write the codes of a picture: the encoder's, from 0."""
+    import numpy as np  # noqa: PLC0415 - slow to import
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, np.asarray(codes, np.int32))
+    else:
+        path.write_text(json.dumps({"codes": codes}) + "\n", encoding="utf-8")

@@ -95,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
     recipe = None if args.recipe is None else _load_recipe(args.recipe)
     if recipe is not None and args.tokenizer is None:
         recipe = _with_tokenizer(recipe, args.recipe)
+    if recipe is not None and recipe.loss.image_tokens:
+        raise UserError(
+            "loss.image_tokens: the page shows pictures, not their tokens, and so not which of these are trained on;"
+            " show the data with a recipe where it is 0"
+        )
     data, plan, seed = _settings(args, recipe)
     from megavlm.data.inspect.collect import collect  # noqa: PLC0415 - loads torch
     from megavlm.data.inspect.page import write_page  # noqa: PLC0415

@@ -6,13 +6,15 @@ The directory is built beside ``--out`` and renamed at the end, so a half-writte
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
+from megavlm.data.codes import PictureCoder
 from megavlm.data.formats import formats
 from megavlm.data.preparing import Preparation, check_there, finish, location, tell, write_samples
 from megavlm.data.publish import clear_leftovers, new_directory
@@ -66,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="start of every sample's key (default: the name of FILE)")
     parser.add_argument("--resize", type=int, metavar="N", help="re-encode JPEGs whose longer side is over N pixels")
     parser.add_argument(
+        "--image-codes", type=Path, metavar="CHECKPOINT",
+        help="of a model whose pictures are tokens (Chameleon): encode each picture once, and store its codes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--codes-only", action="store_true", help="with --image-codes: leave the pictures themselves out"
+    )
+    parser.add_argument(
         "--max-rejected", type=float, default=1.0, metavar="SHARE",
         help="write nothing where more of the records than this share is rejected, 0 to 1 (default 1: no limit)",
     )  # fmt: skip
@@ -98,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
     )
     _check_arguments(args, options)
     with new_directory(args.out, replace=args.overwrite) as partial:
-        summary = write_samples(options, partial)
+        with _coder(args) as coder:
+            summary = write_samples(options, partial, coder)
         share = summary.rejected / (summary.samples + summary.rejected)
         if share > args.max_rejected:
             raise UserError(
@@ -124,11 +134,27 @@ def _check_arguments(args: argparse.Namespace, options: Preparation) -> None:
         raise UserError(f"--resize must be at least 1, not {args.resize}")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
         raise UserError(f"--name may hold letters, digits, - and _ only, not {args.name!r}")
+    if args.codes_only and args.image_codes is None:
+        raise UserError("--codes-only needs --image-codes CHECKPOINT, whose encoder makes the codes; add it")
     clear_leftovers(args.out)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a directory")
     if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
         raise UserError(f"--out {args.out} is not empty; choose another directory or add --overwrite")
+
+
+@contextlib.contextmanager
+def _coder(args: argparse.Namespace) -> Iterator[PictureCoder | None]:
+    """Yield what encodes pictures, where codes are asked for."""
+    if args.image_codes is None:
+        yield None
+        return
+    from megavlm.inference.codes import picture_coder  # noqa: PLC0415 - imports Megatron-Core
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
+    prepare_device()
+    with picture_coder(args.image_codes, pictures=not args.codes_only) as coder:
+        yield coder
 
 
 def _data_yaml(sets: Mapping[str, ShardWriter], out: Path) -> str:

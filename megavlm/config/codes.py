@@ -13,6 +13,13 @@ def codes_rules(recipe: Recipe) -> Iterator[str]:
     """Yield what does not go with codes, or with no codes."""
     model = recipe.model
     codes, tokens = model.vision.codes, model.language.picture_tokens
+    if recipe.loss.image_tokens and tokens is None:
+        yield f"loss.image_tokens: pictures of the tower {model.vision.preset!r} are no tokens; set it to 0"
+    if recipe.loss.image_tokens and recipe.logging.panel_interval is not None and recipe.data.validation:
+        yield (
+            "logging.panel_interval: the panel asks what stands in front of the first label, which with"
+            " loss.image_tokens is a picture's; set it to null"
+        )
     if codes is None:
         if model.connector.takes_codes:
             yield (

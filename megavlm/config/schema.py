@@ -16,6 +16,7 @@ from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
+from megavlm.config.loss import LossConfig
 from megavlm.config.parallel import ParallelConfig as ParallelConfig
 from megavlm.config.towers import Colours, Rendered, TowerPart
 from megavlm.config.traits import ConnectorTraits, LanguageTraits, VisionTraits
@@ -434,15 +435,6 @@ class CheckpointConfig:
     """One run at a time has output_dir. Where the run that has it cannot be seen, as it is on another machine or in
     another container, it is taken for dead once it has given no sign of life for this long, and output_dir is taken
     over."""
-
-
-@config_class
-class LossConfig:
-    """What is minimised."""
-
-    kind: Literal["token_mean", "task_mean"] = "token_mean"
-    """token_mean: the mean over all supervised tokens of the step; task_mean: the mean over each task's supervised
-    tokens, and of these the mean by loss_weight over the tasks in the step (multi-task fine-tuning)."""
 
 
 @config_class

@@ -27,6 +27,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.chat import encode_conversation
+from megavlm.data.codes import CodesError, PictureTokens, codes_in
 from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmError, FilmLayout
 from megavlm.data.films.streams import av_module
@@ -35,7 +36,7 @@ from megavlm.data.machine import is_machine_fault
 from megavlm.data.media import ImageLayout, ImagePlan, views_of
 from megavlm.data.packing import PackableSample, Weigh, build_pack, choose_pack
 from megavlm.data.positions import OwnPositions
-from megavlm.data.schema import Conversation, UnsafePathError, parse_conversation
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
 from megavlm.data.spans import TwoWaySpans, check_spans
@@ -103,6 +104,7 @@ class PackEncoder(TaskEncoder):
         positions: How the model's positions are made, where they are not counted.
         weigh: Says how heavy the pictures of a sample are; None counts their views.
         spans: Which positions see each other both ways, where some do.
+        codes: How codes of pictures are read, where pictures are tokens.
     """
 
     decoder = None
@@ -117,6 +119,7 @@ class PackEncoder(TaskEncoder):
         positions: OwnPositions | None = None,
         weigh: Weigh | None = None,
         spans: TwoWaySpans | None = None,
+        codes: PictureTokens | None = None,
     ) -> None:
         tokenizer.template.check_training()
         check_spans(spans, tokenizer.template)
@@ -129,6 +132,7 @@ class PackEncoder(TaskEncoder):
         self.positions = positions
         self.weigh = weigh
         self.spans = spans
+        self.codes = codes
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
@@ -158,14 +162,22 @@ class PackEncoder(TaskEncoder):
         except ValueError:  # a number of thousands of digits
             raise BrokenSampleError("bad record") from None
         try:
-            conversation = parse_conversation(record)
+            conversation = parse_conversation(record, answers_show=self.codes is not None)
         except UnsafePathError as error:
             raise BrokenSampleError(error.cause) from None
         except UserError:
             raise BrokenSampleError("bad record") from None
-        shown = _shown(sample.files, conversation)
+        answers = (one.text for one in conversation.turns if one.role == "assistant")
+        if not self._predicts and any(IMAGE_PLACEHOLDER in text for text in answers):
+            raise BrokenSampleError("an answer shows a picture, and loss.image_tokens is 0")
+        coded = None if self.codes is None else codes_in(sample.files, len(conversation.images))
+        if conversation.images and self._predicts and coded is None:
+            raise BrokenSampleError("pictures without codes, and loss.image_tokens; prepare it with --image-codes")
+        shown = [] if coded is not None else _shown(sample.files, conversation)
         try:
             layouts = lay_out(shown, self.plan)
+            if coded is not None:
+                layouts = [self.plan.plan(self.plan.side, self.plan.side)] * len(coded)
         except FilmError as error:
             raise BrokenSampleError(f"bad film ({error.cause})") from None
         except ImageError as error:
@@ -178,10 +190,16 @@ class PackEncoder(TaskEncoder):
         except UserError:
             raise BrokenSampleError("control token") from None
         slots = int((encoded.tokens == self.tokenizer.imgpad_id).sum())
-        if encoded.num_images != len(shown) or slots != sum(layout.tokens for layout in layouts):
+        if encoded.num_images != len(layouts) or slots != sum(layout.tokens for layout in layouts):
             raise BrokenSampleError("slots do not match images")
         if len(encoded.tokens) > self.data.sequence_length:
             raise BrokenSampleError("too long")
+        if self.codes is not None and coded is not None:
+            try:
+                encoded = self.codes.written(encoded, self.codes.read(coded), self.tokenizer.imgpad_id)
+            except CodesError as error:
+                raise BrokenSampleError(f"bad codes ({error})") from None
+            layouts = []  # nothing is left to be seen
         return PackableSample(
             encoded=encoded,
             images=tuple(shown),
@@ -191,6 +209,11 @@ class PackEncoder(TaskEncoder):
             shapes=tuple(layout.film if isinstance(layout, FilmLayout) else layout.shape for layout in layouts),
             views=self._weight(layouts),
         )
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether tokens of pictures are predicted."""
+        return self.codes is not None and self.codes.weight > 0
 
     def _weight(self, layouts: Sequence[ImageLayout]) -> int:
         if self.weigh is not None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.prepared import META
+from megavlm.data.codes import CARD, PictureCoder
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.films.header import read_index
 from megavlm.data.films.source import FilePart
@@ -141,12 +142,13 @@ def check_there(options: Preparation) -> None:
         raise MissingFileError(f"image directory {options.folder} does not exist")
 
 
-def write_samples(options: Preparation, directory: Path) -> Summary:
+def write_samples(options: Preparation, directory: Path, coder: PictureCoder | None = None) -> Summary:
     """Write the samples and the list of what was rejected; :func:`finish` makes the data set whole.
 
     Args:
         options: What is prepared.
         directory: Where to, empty.
+        coder: Makes codes of pictures, which go into the shards; None for none.
 
     Raises:
         MissingFileError: The data is not there.
@@ -156,9 +158,12 @@ def write_samples(options: Preparation, directory: Path) -> Summary:
     try:
         source = open_source(options, fetched)
         records = choose_format(options, source).load().read(source)
-        summary = _write_shards(records, source, directory, options)
+        summary = _write_shards(records, source, directory, options, coder)
     finally:
         shutil.rmtree(fetched, ignore_errors=True)
+    if coder is not None:
+        for writer in summary.sets.values():
+            (writer.directory / CARD).write_text(coder.card.to_json(), encoding="utf-8")
     summary.ignored = source.ignored
     if not summary.samples:
         raise UserError(f"{options.data}: all {summary.rejected} records are rejected; first: {summary.first_reason}")
@@ -226,8 +231,12 @@ def choose_format(options: Preparation, source: Source) -> Format:
     return chosen
 
 
-def _write_shards(records: Iterator[Record | Broken], source: Source, directory: Path, options: Preparation) -> Summary:
+def _write_shards(
+    records: Iterator[Record | Broken], source: Source, directory: Path, options: Preparation,
+    coder: PictureCoder | None,
+) -> Summary:  # fmt: skip
     summary, name = Summary(), options.stem
+    shown = "codes" if coder is not None else "img"
     folder = options.folder
     bases = [folder] if isinstance(folder, str) else [str(folder.absolute()), str(folder.resolve())]
     with (
@@ -246,7 +255,7 @@ def _write_shards(records: Iterator[Record | Broken], source: Source, directory:
             if not isinstance(record, Broken):
                 try:
                     record = settled_films(settled(record, bases, source.pictures), bases, source.pictures)
-                    members = list(_sample_members(record, source, options, made))
+                    members = list(_sample_members(record, source, options, made, coder))
                 except (UserError, OSError) as error:
                     if is_machine_fault(error):
                         raise
@@ -255,7 +264,7 @@ def _write_shards(records: Iterator[Record | Broken], source: Source, directory:
                 assert isinstance(record, dict)
                 writer.write(str(record.get("task") or ""), f"{name}-{index:08d}", members)
                 summary.samples += 1
-                summary.images += sum(member.startswith("img") for member, _ in members)
+                summary.images += sum(member.startswith(shown) for member, _ in members)
                 summary.films += sum(member.startswith("filmindex") for member, _ in members)
                 continue
             reason = " ".join(broken.reason.split())
@@ -282,13 +291,13 @@ def _broken(record: Any, error: UserError | OSError) -> Broken:
 
 
 def _sample_members(
-    record: Any, source: Source, options: Preparation, made: Path
+    record: Any, source: Source, options: Preparation, made: Path, coder: PictureCoder | None
 ) -> Iterator[tuple[str, bytes | Path]]:
-    """Names and contents of a sample's files: the record, then its images, then its films with their indices."""
+    """Names and contents of a sample's files: the record, its images, their codes, its films with their indices."""
     urls: dict[str, str] = {}
     if options.allow_urls:
         record, urls = _name_urls(record)
-    conversation = parse_conversation(record)
+    conversation = parse_conversation(record, answers_show=coder is not None)
     if not any(turn.weight for turn in conversation.turns if turn.role == "assistant"):
         raise BrokenError("nothing to train on", "every answer of the record has weight 0")
     kept = {key: record[key] for key in ("id", "task", "conversations", "films") if key in record}
@@ -296,7 +305,11 @@ def _sample_members(
     for number, path in enumerate(conversation.images):
         data = _fetch(urls[path]) if path in urls else _read_image(path, source, options)
         try:
-            yield f"img{number}", _check_image(data, options.resize)
+            picture = _check_image(data, options.resize)
+            if coder is None or coder.card.pictures:
+                yield f"img{number}", picture
+            if coder is not None:
+                yield f"codes{number}", coder.member(picture)
         except ImageError as error:
             raise BrokenError(f"bad image ({error.cause})", f"image {path!r}: {error}") from None
     for number, film in enumerate(conversation.films):

@@ -31,6 +31,7 @@ from megavlm.config.prepared import META
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.cache import located
+from megavlm.data.codes import CARD, PictureTokens, check_codes
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
 from megavlm.data.media import ImagePlan
 from megavlm.data.packing import Weigh
@@ -68,6 +69,7 @@ class PackReader:
         positions: How the model's positions are made, where they are not counted.
         weigh: Says how heavy the pictures of a sample are (``megavlm.planning.weighing``); None counts their views.
         spans: Which positions see each other both ways, where some do.
+        codes: How codes of pictures are read, where pictures are tokens.
         rank: Data-parallel rank, from 0.
         world_size: Data-parallel size.
         seed: Seed of the data order.
@@ -75,7 +77,8 @@ class PackReader:
 
     Raises:
         MissingFileError: A data set was not prepared.
-        UserError: There is no data set, or one has fewer samples than there are readers.
+        UserError: There is no data set, one has fewer samples than there are readers, or its codes of pictures are of
+            another model.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class PackReader:
         positions: OwnPositions | None = None,
         weigh: Weigh | None = None,
         spans: TwoWaySpans | None = None,
+        codes: PictureTokens | None = None,
         *,
         rank: int,
         world_size: int,
@@ -96,17 +100,19 @@ class PackReader:
         if not sources:
             raise ValueError("there are no data sets to read")
         self.sources = tuple(located(source, data) for source in sources)
+        for source in self.sources:
+            check_codes(source.path, codes)
         self.training = training
         self.dropped: Counter[str] = Counter()
         """Samples left out so far, by cause."""
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._num_workers = data.num_workers if training else 0
         names = [source_name(source) for source in self.sources]
-        self._encoder = PackEncoder(data, names, tokenizer, plan, positions, weigh, spans)
+        self._encoder = PackEncoder(data, names, tokenizer, plan, positions, weigh, spans, codes)
         self._template = tokenizer.template.fingerprint
         self._former_templates = tokenizer.template.former_fingerprints
         self._images = _images_of(plan)
-        self._data_hash = hash_data(self.sources, data, tokenizer, plan)
+        self._data_hash = hash_data(self.sources, data, tokenizer, plan, codes)
         self._loader = self._build_loader()
         self._restorer: SavableDataLoader | None = None
         self._packs: Iterator[Any] | None = None
@@ -266,7 +272,10 @@ def _images_of(plan: ImagePlan) -> str:
     return text if len(text) <= 160 else f"{text[:150]}.. {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
-def hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, plan: ImagePlan) -> str:
+def hash_data(
+    sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, plan: ImagePlan,
+    codes: PictureTokens | None = None,
+) -> str:  # fmt: skip
     """Digest of everything that decides which packs come in which order; directories may move."""
     parts: list[Any] = [
         data.sequence_length,
@@ -289,4 +298,6 @@ def hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokeni
             raise MissingFileError(f"data set {source.path} is not prepared; make it with megavlm prepare")
         identity = (meta / "index.uuid").read_text() if (meta / "index.uuid").is_file() else ""
         parts += [source.weight, (meta / ".info.json").read_text(), identity]
+        if codes is not None and (card := Path(source.path) / CARD).is_file():
+            parts += [card.read_text(encoding="utf-8"), codes.weight]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

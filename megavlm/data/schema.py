@@ -101,11 +101,12 @@ class Conversation:
         return shown_films(self.turns)
 
 
-def parse_conversation(record: Any) -> Conversation:
+def parse_conversation(record: Any, *, answers_show: bool = False) -> Conversation:
     """Check one record.
 
     Args:
         record: What ``json.load`` gave for it.
+        answers_show: Whether answers may show pictures, as they may where these are tokens.
 
     Returns:
         The conversation, its image paths taken out of the text.
@@ -124,7 +125,7 @@ def parse_conversation(record: Any) -> Conversation:
     turns: list[Turn] = []
     images: list[str] = []
     for index, message in enumerate(messages):
-        turn, paths = _parse_turn(index, message)
+        turn, paths = _parse_turn(index, message, answers_show=answers_show)
         turns.append(turn)
         images += paths
     _check_order([turn.role for turn in turns])
@@ -232,7 +233,7 @@ def _optional_text(record: dict[str, Any], key: str) -> str:
     return str(value)
 
 
-def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
+def _parse_turn(index: int, message: Any, *, answers_show: bool) -> tuple[Turn, list[str]]:
     where = f"turn {index}"
     if not isinstance(message, dict):
         raise UserError(f"{where} must be an object, not {type(message).__name__}")
@@ -248,7 +249,7 @@ def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
     tags = _IMAGE_TAG.findall(text)
     if tags != ["<img>", "</img>"] * (len(tags) // 2):
         raise UserError(f"{where} ({role}) has unbalanced <img> tags")
-    if tags and role != "user":
+    if tags and role != "user" and not (answers_show and role == "assistant"):
         raise UserError(f"{where} ({role}) has an image; only user turns may")
     if FILM_PLACEHOLDER in text and role != "user":
         raise UserError(f"{where} ({role}) has a film; only user turns may")

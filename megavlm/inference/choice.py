@@ -45,6 +45,11 @@ def choose(
             return torch.cat(each)
         sampling = kinds.pop() if kinds else Sampling()
     scores = logits_KV.float()
+    if sampling.only is not None:
+        first, stop = sampling.only
+        inside = torch.full_like(scores, float("-inf"))
+        inside[:, first:stop] = scores[:, first:stop]
+        scores = inside
     if sampling.repetition_penalty != 1.0:
         scores = scores.double()
         penalty = max(sampling.repetition_penalty, _LEAST_PENALTY)

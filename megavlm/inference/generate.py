@@ -32,6 +32,7 @@ from megavlm.inference.positions import Positions
 from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import NO_TOKEN, Sampling
 from megavlm.models.build import unwrap
+from megavlm.models.codes import saying_pictures
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
@@ -148,7 +149,9 @@ def generating(
     for group in _by_cache(asked, lengths, cached_positions):
         own = [(sampling, i) if isinstance(sampling, Sampling) else (sampling[i], 0) for i in group]
         run = _Run(chunks, [prompts[i] for i in group], own, [most[i] for i in group], vocab_size, pack_length)
-        with pipeline.evaluating(chunks), caching(chunks, run.cache):
+        said = {one.only is not None for one, _ in own}
+        assert len(said) == 1, "some say pictures, some do not"
+        with pipeline.evaluating(chunks), caching(chunks, run.cache), saying_pictures(chunks, said.pop()):
             places = {i: place for place, i in enumerate(group)}
 
             def gone(places: dict[int, int] = places) -> set[int]:

@@ -28,6 +28,8 @@ class Sampling:
         seed: of the draws; prompt i draws from seed + i, whatever is answered beside it and at whatever layout.
         report: with each token come its log probability and those of so many best tokens; None for neither. They are
             the model's own, before all of the above.
+        only: choose among the tokens from the first of these two up to the one in front of the second; None for all. So
+            a model says a picture, where its pictures are tokens.
 
     Raises:
         UserError: a value is out of its range.
@@ -39,6 +41,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     report: int | None = None
+    only: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""

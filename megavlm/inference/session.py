@@ -103,6 +103,8 @@ class Piece:
     """With ``error``: why. A ``UserError`` is about the conversation, or a :class:`NotFiniteError`."""
     report: TokenReport | None = None
     """What the sampling wants to be told of the token; not of one that ends the answer."""
+    token: int | None = None
+    """The token's id, but of one that ends the answer."""
 
 
 class Session:
@@ -354,8 +356,8 @@ class Session:
             report = TokenReport(text.would_add(chosen.token), chosen.log_probability, best)
         new = text.add(chosen.token)
         if len(prompt.answer) < max_new_tokens:
-            return Piece(new, len(prompt.answer), report=report)
-        return Piece(new + text.rest(), len(prompt.answer), "length", report=report)
+            return Piece(new, len(prompt.answer), report=report, token=chosen.token)
+        return Piece(new + text.rest(), len(prompt.answer), "length", report=report, token=chosen.token)
 
 
 @dataclass

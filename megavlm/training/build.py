@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megavlm.config.schema import Recipe
 from megavlm.models.build import build_model, unwrap
+from megavlm.models.codes import say_pictures
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.replicas import sum_gradients
 from megavlm.training.optimizer import build_optimizer, build_scheduler
@@ -83,6 +84,8 @@ def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:
     parallel = recipe.parallel
     apart = parallel.vision_placement == "all_ranks"
     chunks = build_model(recipe, image_token_id, vision_apart=apart)
+    if recipe.loss.image_tokens:
+        say_pictures(chunks, True)
     first = unwrap(chunks[0])
     config = first.config
     ddp_config = DistributedDataParallelConfig(

@@ -27,6 +27,7 @@ from megavlm.checkpoint.manifest import replace_text
 from megavlm.config.checks import check_recipe, source_name
 from megavlm.config.schema import DataSource, Recipe
 from megavlm.data.cache import located
+from megavlm.data.codes import picture_tokens
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.media import plan_of
 from megavlm.data.packing import CarryOverPacker, PackableSample
@@ -72,7 +73,7 @@ def with_steps(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
     path = Path(recipe.output_dir) / RECORD
     with agreed("counting the samples of data.train"):
         sources = [located(source, recipe.data) for source in recipe.data.train]
-        key = hash_data(sources, recipe.data, tokenizer, plan_of(recipe.model))
+        key = hash_data(sources, recipe.data, tokenizer, plan_of(recipe.model), picture_tokens(recipe))
     known = _read(path, key, len(sources))
     lengths = known or _count(sources, recipe, tokenizer)
     if known is None:
@@ -110,7 +111,7 @@ def _count(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer) 
 
     def counting() -> Iterator[None]:
         names = [source_name(source) for source in sources]
-        encoder = PackEncoder(data, names, tokenizer, plan, weigh=weigher_of(recipe))
+        encoder = PackEncoder(data, names, tokenizer, plan, weigh=weigher_of(recipe), codes=picture_tokens(recipe))
         for index, source in enumerate(sources):
             one = yield from _count_packs(Path(source.path), index, encoder, rank, readers)
             found[index, 0], found[index, 1] = one.samples, one.packs

@@ -15,6 +15,7 @@ from megatron.core import parallel_state as mpu
 from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import Pack, make_pack
+from megavlm.data.codes import PictureTokens
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.device_batch import Spread, share_packs
 from megavlm.data.media import ImagePlan, plan_of
@@ -43,7 +44,9 @@ class HeldOut:
     """Packs of each replica, the same on all ranks."""
 
 
-def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | None) -> list[HeldOut]:
+def read_held_out(
+    recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | None, codes: PictureTokens | None = None
+) -> list[HeldOut]:
     """Read the first ``validation_packs`` packs of each held-out data set; a collective over the job.
 
     Replicas that have fewer than others fill up with empty packs, so that all take part equally often.
@@ -52,6 +55,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
         recipe: the run.
         tokenizer: its tokenizer.
         decoder: on reader ranks, for the images.
+        codes: how codes of pictures are read, where pictures are tokens.
     """
     size = mpu.get_data_parallel_world_size()
     wanted = -(-recipe.training.validation_packs // size)
@@ -70,6 +74,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
                     plan,
                     positions,
                     spans=spans,
+                    codes=codes,
                     rank=mpu.get_data_parallel_rank(),
                     world_size=size,
                     seed=recipe.training.seed,

@@ -39,6 +39,7 @@ from megavlm.data.reader import PackReader
 from megavlm.data.spans import spans_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.families.presets import expand_presets
+from megavlm.models.codes import tokens_of
 from megavlm.models.fusion import NEWLINE
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
@@ -110,7 +111,8 @@ class Trainer:
         self.base: Path | None = None
         self.progress, reader_state = self._load()
         decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_reader() else None
-        self.held_out = read_held_out(recipe, tokenizer, decoder)
+        self.codes = tokens_of(recipe, self.training.chunks[0])
+        self.held_out = read_held_out(recipe, tokenizer, decoder, self.codes)
         if idle := idle_intervals(recipe):
             logger.info("data.validation is empty: %s has no effect", " and ".join(idle))
         self.feed = self._open_feed(decoder, reader_state)
@@ -355,6 +357,7 @@ class Trainer:
                     positions_of(recipe.model, self.tokenizer.imgpad_id),
                     weigher_of(recipe),
                     spans_of(recipe.model, self.tokenizer.imgpad_id),
+                    self.codes,
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,

@@ -114,7 +114,8 @@ def answer_panel(
     )
     if not is_reader() or not questions:
         return None
-    items = [_item(question, answer, tokenizer, plan) for question, answer in zip(questions, answers, strict=True)]
+    codes, pairs = recipe.model.language.picture_tokens, zip(questions, answers, strict=True)
+    items = [_item(question, answer, tokenizer, plan, codes) for question, answer in pairs]
     return torch.from_numpy(np.array(draw_panel(items)))
 
 
@@ -156,16 +157,20 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
     ]
 
 
-def _item(question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer, plan: ImagePlan) -> PanelItem:
-    """What a card shows: the last user turn, both answers, and the pictures."""
+def _item(
+    question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer, plan: ImagePlan,
+    codes: tuple[int, int] | None,
+) -> PanelItem:  # fmt: skip
+    """What a card shows: the last user turn, both answers, and the pictures, but those that are ``codes`` already."""
     assert question.pixels is not None
     shown: Iterable[Tensor] = question.pixels
     if isinstance(plan, PackedPlan):
         grids = [grid for shape in question.shapes for grid in plan.of(shape).grids]
         shown = pictures_of(question.pixels, grids, plan)
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in shown]
+    words = [one for one in question.prompt.tolist() if codes is None or not codes[0] <= one < codes[1]]
     return PanelItem(
-        question=last_question(question.prompt.tolist(), tokenizer),
+        question=last_question(words, tokenizer),
         expected=answer_text([int(i) for i in question.expected], tokenizer),
         predicted=answer_text(answer, tokenizer),
         images=[picture.resize([max(side, _SMALLEST_PICTURE) for side in picture.size]) for picture in pictures],

@@ -19,9 +19,16 @@ VQ: dict[str, Any] = {
     "embed_dim": 24, "num_embeddings": CODES, "latent_channels": 16, "resolution": SIDE, "base_channels": 32,
     "channel_multiplier": [1, 1, 2], "num_res_blocks": BLOCKS,
 }  # fmt: skip
-NAMES = {
-    "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z": FIRST + code for code in range(CODES)
-}
+
+
+def names_of(first: int) -> dict[str, int]:
+    """Return the tokens of codes by their names."""
+    return {
+        "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z": first + code for code in range(CODES)
+    }
+
+
+NAMES = names_of(FIRST)
 FILES: dict[str, Any] = {
     "crop_size": {"height": SIDE, "width": SIDE}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
     "do_rescale": True, "do_resize": True, "image_mean": [1.0] * 3, "image_processor_type": "ChameleonImageProcessor",
@@ -30,16 +37,18 @@ FILES: dict[str, Any] = {
 """``preprocessor_config.json`` as facebook/chameleon-7b has it, for 16 pixels."""
 
 
-def chameleon(behind: bool = False) -> PreTrainedModel:
+def chameleon(behind: bool = False, first: int = FIRST, image: int = IMAGE) -> PreTrainedModel:
     """Return a model whose pictures have many codes, and whose norms are no ones and zeros.
 
     Args:
         behind: as the 34B has it: norms behind branches, and keys that queries share.
+        first: token of code 0.
+        image: token of a slot.
     """
-    own = {"vocab_size": FIRST + CODES + 4, "num_key_value_heads": 2 if behind else 4}
+    own = {"vocab_size": first + CODES + 4, "num_key_value_heads": 2 if behind else 4}
     config = ChameleonConfig(
         **{**_TEXT, **own}, swin_norm=behind, vq_config=VQ,
-        vocabulary_map={"<image>": IMAGE, **NAMES}, attn_implementation="eager",
+        vocabulary_map={"<image>": image, **names_of(first)}, attn_implementation="eager",
     )  # fmt: skip
     model = made(ChameleonForConditionalGeneration, config)
     generator = torch.Generator().manual_seed(4)

@@ -13,6 +13,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
 from megavlm.data.cache import located
+from megavlm.data.codes import check_codes
 from megavlm.data.decoders import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.media import ImagePlan
@@ -105,6 +106,8 @@ def collect(
         UserError: No sample is usable.
     """
     data = dataclasses.replace(data, train=tuple(located(source, data) for source in data.train))
+    for source in data.train:
+        check_codes(source.path, None)
     names = [source_name(source) for source in data.train]
     encoder = PackEncoder(data, names, tokenizer, plan)
     found = Collected(data, plan, names, [])

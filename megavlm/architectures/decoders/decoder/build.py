@@ -184,13 +184,18 @@ def mask_padding(model: GPTModel, vocab_size: int) -> None:
 
 
 def _mask_pictures(model: GPTModel, first: int, stop: int) -> None:
-    """Take the tokens that pictures are written in out of the softmax (Chameleon in Transformers)."""
+    """Take the tokens that pictures are written in out of the softmax (Chameleon in Transformers).
+
+    Not while the model says pictures itself (``models/codes.py``): it is trained to, or is asked for one.
+    """
+    model.says_pictures = False
     layer = model.output_layer
     rows = layer.output_size_per_partition
     own, end = (min(max(number - mpu.get_tensor_model_parallel_rank() * rows, 0), rows) for number in (first, stop))
 
     def mask(_layer: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
-        output[0][..., own:end].fill_(torch.finfo(output[0].dtype).min)  # as there, where it is no infinity
+        if not model.says_pictures:
+            output[0][..., own:end].fill_(torch.finfo(output[0].dtype).min)  # as there, where it is no infinity
 
     if own < end:
         layer.register_forward_hook(mask)

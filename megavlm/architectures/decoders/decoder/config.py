@@ -120,7 +120,8 @@ class DecoderConfig(ExpertsConfig):
     """LayerNorm over each head's queries and keys, with a weight and a bias of that head's own (Chameleon)."""
     image_tokens: tuple[int, ...] = ()
     """The first of the tokens that pictures are written in, and the one behind the last (Chameleon: [4, 8196]). They
-    are never answered, and no part of the softmax. Empty where pictures are features."""
+    are no part of the softmax, unless loss.image_tokens is above 0 or a picture is asked for. Empty where pictures are
+    features."""
     tie_word_embeddings: bool = False
     """Whether embedding and output layer share their weight (Qwen v1: no)."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
