@@ -80,7 +80,10 @@ def test_pixels_of_a_crop_and_a_squash_are_those_of_its_processors() -> None:
     ("words", "line"),
     [
         (["model.image={kind: crop}"], "crop makes one rendering of 1024 x 1024 pixels of a picture, and the tower"),
-        (["model.image={kind: squash}"], "of 224 x 224 and 1024 x 1024 pixels; set it to fit_pair, crop_squash or squash_pair"),
+        (
+            ["model.image={kind: squash}"],
+            "of 224 x 224 and 1024 x 1024 pixels; set it to fit_pair, crop_squash or squash_pair",
+        ),
         (["model.image={kind: crop_squash, min_side: 20}"], "model.image.min_side"),
         (["model.vision={preset: clip_vit_l_14_224}"], "crop_squash makes two renderings of a picture, and the tower"),
         (["model.vision.high_output_grid=24"], "makes 24 x 24 features of a picture, which are no whole number"),

@@ -133,9 +133,7 @@ def _answer(job: dict[str, Any]) -> list[list[int]]:
         checkpoint.load(Path(job["weights"]), modules=[unwrap(chunk) for chunk in chunks])
         if job.get("plain"):
             return [_plain(chunks[0].eval(), prompt) for prompt in prompts()]
-        return generate(
-            chunks, prompts(), max_new_tokens=NEW, stop_ids=STOPS, vocab_size=VOCABULARY, pack_length=PACK
-        )
+        return generate(chunks, prompts(), max_new_tokens=NEW, stop_ids=STOPS, vocab_size=VOCABULARY, pack_length=PACK)
 
 
 @torch.no_grad()

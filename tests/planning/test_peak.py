@@ -49,7 +49,9 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-recomputed": {**LORA, "parallel": {"recompute_granularity": "full"}},
     "mamba": {"language": MAMBA},
     "mamba-lora-recomputed": {
-        **LORA, "language": MAMBA, "parallel": {"recompute_granularity": "full"},
+        **LORA,
+        "language": MAMBA,
+        "parallel": {"recompute_granularity": "full"},
         "lora": {"rank": 8, "targets": ("in_proj", "x_proj")},
     },
     "lora-head": {**BF16, **LORA, "lora": {**LORA["lora"], "train_embeddings": True, "train_head": True}},
