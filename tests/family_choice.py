@@ -65,7 +65,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "smolvlm": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "chameleon": ("towers.vq_gan", "connectors.codes", "decoders.decoder"),
     "cogagent": ("towers.vit", "towers.vit_vit", "connectors.glu", "decoders.decoder"),
-    "cobra": ("towers.vit_vit", "connectors.mlp", "decoders.mamba"),
+    "cobra": ("towers.vit", "towers.vit_vit", "connectors.mlp", "decoders.mamba"),
     "cogvlm": ("towers.vit", "connectors.glu", "decoders.decoder"),
     "minicpm_v": ("towers.vit", "connectors.resampler", "decoders.decoder"),
     "minicpm_v_2": ("towers.packed_vit", "connectors.resampler_2d", "decoders.decoder"),

@@ -47,15 +47,16 @@ COGVLM_BASE = replace(
     most_exchanges=1,
     joined=False,
 )
-# CogAgent's chat: one text, behind whose last space SentencePiece puts another one in front of the answer. Its other
-# versions are the rows above: beside its weights their text begins with "<EOI>", where the authors' trainer
-# (``utils/utils/language.py``) puts the picture; here it is that place too, and no text.
+# CogAgent's chat: one text with the earlier answers in it; behind its last space SentencePiece puts another one in
+# front of the answer, which is encoded apart. Its other versions are the rows above: beside its weights their text
+# begins with "<EOI>", where the authors' trainer (``utils/utils/language.py``) puts the picture; here it is that place
+# too, and no text.
 COGAGENT = replace(
     COGVLM,
     name="cogagent",
     title="CogAgent's chat",
-    user=(" [INST] ", TEXT, " [/INST] "),
-    assistant=trained(TEXT),
-    last_assistant=trained(" ", TEXT, "</s>"),
+    user=(" [INST] ", TEXT, " [/INST]"),
+    assistant=trained(" ", TEXT),
+    last_assistant=(" ", *trained(" ", TEXT, "</s>")),
 )
 ROWS = (COGVLM, COGVLM_VQA, COGVLM_BASE, COGAGENT)

@@ -241,12 +241,11 @@ class SpliceBeside(Splice):
 
         In training there is always one, as layers learn by it, if from nothing.
         """
-        width = embeddings_S1E.size(-1)
-        fused_S1E, _ = super().fuse(
-            embeddings_S1E, features_TE if stand_in or features_TE is None else features_TE[:, :width], tokens,
-            stand_in=stand_in,
-        )  # fmt: skip
-        if stand_in or features_TE is None:
+        width, nothing = embeddings_S1E.size(-1), stand_in or features_TE is None
+        # Copied, so that what autograd keeps of them does not hold the others too.
+        own = features_TE if nothing or features_TE is None else features_TE[:, :width].contiguous()
+        fused_S1E, _ = super().fuse(embeddings_S1E, own, tokens, stand_in=stand_in)
+        if nothing or features_TE is None:
             if not torch.is_grad_enabled():
                 return fused_S1E, None
             return fused_S1E, {FEATURES: embeddings_S1E.new_zeros(1, 1, self._width)}

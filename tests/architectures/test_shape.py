@@ -50,8 +50,11 @@ def test_an_architecture_is_a_folder_of_one_shape(branch: str, one: Architecture
 def test_a_cost_answers_all_that_is_asked(branch: str, one: Architecture) -> None:
     if one.cost is None:
         pytest.skip("has none, and is refused where one is needed (test_outside_package.py)")
+    # What layers that attend to pictures cost is asked of language models that have a key for them.
+    crosses = "cross_attention_layers" in one.config.__pydantic_fields__
+    assert crosses == hasattr(one.cost, "cross_work")
     for name, asked in inspect.getmembers(PROTOCOLS[branch], inspect.isfunction):
-        if name.startswith("_"):
+        if name.startswith("_") or (name.startswith("cross_") and not crosses):
             continue
         wanted = inspect.signature(asked).parameters
         there = inspect.signature(getattr(one.cost, name)).parameters

@@ -106,6 +106,8 @@ ELSEWHERE = (
     "minigemini_",
     "mllama_",
     "vary_clip_sam",
+    "cogagent_eva02_pair",
+    "cobra_dinov2_siglip",
 )
 """Towers that are counted with the whole models that they are part of (tests/families/published_totals.py), or in
 test_convolution_towers.py and test_pairs.py."""

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from cogagent_models import COGAGENT, LARGE, CogAgent
 from native_cases import convert
+from safetensors.torch import load_file, save_file
 from test_cogvlm import changed, refused
 from test_qwen2_vl_sizes import model_of
 from tokenizer_files import write_llava
 
+from megavlm.cli import main
 from megavlm.data.media import plan_of
 from megavlm.families.known import FAMILIES
 from megavlm.weights.source import Source
@@ -63,6 +65,33 @@ def test_what_is_not_of_it_is_refused(
     changed(tmp_path / "hf", **keys)
     line = refused(tmp_path / "hf", capsys)
     assert str(tmp_path / "hf" / "config.json") in line and words in line, line
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        (
+            ("language_expert", "language_mlp", "embed_tokens", "lm_head"),
+            "a layer needs both: add the language model's",
+        ),
+        (("cross_attn.",), "model.layers.0.cross_attn."),
+        (("cross_vision.",), "model.cross_vision."),
+    ],
+)
+def test_what_a_file_lacks_is_told_by_name(
+    lacking: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The experts alone, without the language model; layers without what sees the second tower; without that tower."""
+    CogAgent().save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    whole = load_file(path)
+    state = {name: value for name, value in whole.items() if not any(one in name for one in lacking)}
+    assert all(any(one in name for name in whole) for one in lacking) and len(state) < len(whole)
+    save_file(state, path, metadata={"format": "pt"})
+    assert main(["convert", "hf-to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "m")]) == 2
+    told = capsys.readouterr().err
+    assert "megavlm: error: " in told and words in told and not (tmp_path / "m").exists(), told
+    assert str(tmp_path / "hf") in told
 
 
 def test_a_model_that_is_none_is_not_written_as_one() -> None:

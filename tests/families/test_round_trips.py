@@ -150,4 +150,6 @@ def test_every_family_is_tried_and_its_parts_are_known(tmp_path: Path) -> None:
     found["minigemini"] |= {"towers.vit", "towers.convnext", "connectors.mlp"}
     found["deepseek_vl_hybrid"] |= {"towers.vit", "towers.sam", "connectors.mlp"}
     found["vary"] |= {"towers.vit", "towers.sam"}
+    for name in ("cobra", "cogagent"):
+        found[name].add("towers.vit")
     assert found == {name: set(PARTS[name]) for name in found}

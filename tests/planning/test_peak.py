@@ -31,6 +31,8 @@ LORA: dict[str, Any] = {
     "lora": {"rank": 8, "targets": ("c_attn", "attn.c_proj", "w1", "w2")},
     "modules": {"vision": {"freeze": True}, "connector": {"freeze": True}},
 }
+MAMBA = {"preset": "tiny_mamba", "num_layers": 4, "hidden_size": 128, "intermediate_size": 256, "time_step_rank": 8}
+MAMBA |= {"vocab_size": 1024}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16-large-vocabulary": {**BF16, "language": {"vocab_size": 8192}},
@@ -45,6 +47,13 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-bf16": {**BF16, **LORA},
     "qlora-bf16": {**BF16, **LORA, "lora": {**LORA["lora"], "quantize": "nf4"}},
     "lora-recomputed": {**LORA, "parallel": {"recompute_granularity": "full"}},
+    "mamba": {"language": MAMBA},
+    "mamba-lora-recomputed": {
+        **LORA,
+        "language": MAMBA,
+        "parallel": {"recompute_granularity": "full"},
+        "lora": {"rank": 8, "targets": ("in_proj", "x_proj")},
+    },
     "lora-head": {**BF16, **LORA, "lora": {**LORA["lora"], "train_embeddings": True, "train_head": True}},
 }
 
@@ -71,9 +80,10 @@ def batch_of(images: int) -> Batch:
 def recipe_of(case: dict[str, Any]) -> Recipe:
     """Return the recipe of a case."""
     branches = {name: branch for name, branch in case.items() if name not in ("images", "language")}
+    own = case.get("language", {})
     model = {
         "preset": "tiny",
-        "language": {**LANGUAGE, **case.get("language", {})},
+        "language": {**({} if "preset" in own else LANGUAGE), **own},
         "vision": VISION,
         "connector": {"num_queries": SLOTS, "head_dim": 32},
     }

@@ -130,7 +130,7 @@ def layer_passing(
     block = 0 if kernels.fused else min(tokens, _BLOCK) * own * language.state_size * 4
     inner = tokens * own * b
     return LayerPassing(
-        forward=max(wide + 2 * stream, 6 * block), backward=2 * stream + 4 * inner + 12 * block, gathered=0
+        forward=max(wide + 2 * stream, 6 * block), backward=2 * stream + 7 * inner + 10 * block, gathered=0
     )
 
 
