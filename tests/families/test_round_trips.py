@@ -34,6 +34,7 @@ from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
 from text_cases import ROWS
+from tinygpt_models import TINYGPT
 from tinyllava_models import TINYLLAVA
 from tower_models import TOWERS
 from vary_models import VARY
@@ -65,6 +66,7 @@ OTHERS = (
     | TOWERS
     | BLIP2
     | MINIGPT
+    | TINYGPT
     | DEEPSEEK
     | IDEFICS3
     | MLLAMA

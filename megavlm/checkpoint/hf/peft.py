@@ -255,12 +255,13 @@ def _check_beside(where: Path, beside: Mapping[str, Any], base: Path, model: Mod
     Raises:
         UserError: it is something else, which would be lost.
     """
-    slots = find_slots(model, ["connector"]) if beside else {}
+    slots = find_slots(model, ["connector", "language"]) if beside else {}
     for name, value in beside.items():
         own = CheckpointReader(base).read(slots[name]) if name in slots else None
         if own is None or own.shape != value.shape or not torch.equal(own.float(), value.float()):
+            what = "the projection" if name.startswith("connector.") else f"the norm {name}"
             raise UserError(
-                f"{where}: what it holds of the projection is not what {base} has, and adapters cannot hold it; convert"
+                f"{where}: what it holds of {what} is not what {base} has, and adapters cannot hold it; convert"
                 " the directory of the model with this file in it, and name that as --base"
             )
 

@@ -97,7 +97,7 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
     norms = language.pre_norms + language.post_norms
     shapes = [hidden] * (norms * _norm_vectors(language)) + [hidden * qkv, queries // tensor * hidden]
-    shapes += [qkv] * int(language.qkv_bias)
+    shapes += [qkv] * int(language.qkv_bias) + [hidden] * int(language.attention_branch_norm)
     shapes += [language.kv_channels] * (2 * _norm_vectors(language) * int(language.qk_layernorm))
     if language.head_layernorm:
         shapes += [queries // tensor] * 2 + [language.num_query_groups * language.kv_channels // tensor] * 2
@@ -221,6 +221,8 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     stream = local * hidden
     # The norms keep their input, the plain RMSNorm in fp32; what they give goes into a linear layer, or into two.
     norms = (language.pre_norms + language.post_norms) * norm_kept(language, stream, kernels, learns=learns)
+    if language.attention_branch_norm:
+        norms += stream * (b if kernels.fused else 4 + b * int(learns))
     experts, inputs = language.num_moe_experts is not None, 0
     if experts:
         ffn = 0  # counted below
@@ -462,7 +464,7 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     ffn_each, queries_each, gates = _active_width(language) / tp, width / tp, _inner_width(language)
     sent = local * language.moe_router_topk * hidden * b if language.num_moe_experts is not None else 0
     # A norm reads and writes, a sum reads two and writes one.
-    stream = 2 * (language.pre_norms + language.post_norms) + 6
+    stream = 2 * (language.pre_norms + language.post_norms + int(language.attention_branch_norm)) + 6
     return LayerPassage(
         products=((queries + 2 * keys, hidden), (hidden, queries), (gates * ffn, hidden), (hidden, ffn)),
         heads=language.num_attention_heads,
