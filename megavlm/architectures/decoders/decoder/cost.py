@@ -51,7 +51,7 @@ def _projected_by_norms(language: DecoderConfig, tensor: int, number_bytes: int)
     queries, keys = language.num_attention_heads // tensor, _local_groups(language, tensor)
     if language.head_layernorm:  # whatever the type
         return (queries + 2 * keys) * language.kv_channels
-    if not language.qk_layernorm or number_bytes != 4:
+    if not language.qk_layernorm or (number_bytes != 4 and language.normalization == "RMSNorm"):
         return 0
     return _gathered_width(language, tensor) or (queries + 2 * keys) * language.kv_channels
 
@@ -234,7 +234,8 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     projected = queries + 2 * keys
     gathered = _gathered_width(language, tp)
     # Of what ranks gather to share a key/value head the value is copied, unless a norm in fp32 holds on to all of it.
-    held_whole = bool(gathered) and language.qk_layernorm and not kernels.fused and b == 4
+    plain = language.normalization == "LayerNorm" and not kernels.fused  # it reads as it is, RMSNorm in fp32
+    held_whole = bool(gathered) and language.qk_layernorm and not kernels.fused and (b == 4 or plain)
     if gathered:
         projected = keys + gathered * int(held_whole)
     attention = tokens * (projected + queries + keys) * b
@@ -252,7 +253,10 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         read = queries * int(language.num_attention_heads != language.num_query_groups)
         scales = 8 * (queries + keys) // language.kv_channels  # mean and deviation of each head, in fp32
         attention += tokens * ((read + (queries + keys) * int(learns)) * b + scales)
-    if language.qk_layernorm:
+    if language.qk_layernorm and plain:  # keys are there already, and queries, unless several share a key
+        read = queries * int(language.num_attention_heads != language.num_query_groups)
+        attention += tokens * (read * b + 8 * (queries + keys) // language.kv_channels)
+    elif language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
         multiplied = 4 if language.layernorm_zero_centered_gamma else b
