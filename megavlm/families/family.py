@@ -125,6 +125,8 @@ class Family(ABC):
     comment says where its authors ask so, or that no such place was found."""
     box_pixels: ClassVar[bool] = False
     """Whether its ``bbox_2d`` counts pixels of the picture as the model sees it; else thousandths of the sides."""
+    kept_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``config.json`` that stay as they came where weights go home beside what they came with."""
     box_plane: ClassVar[bool] = False
     """Whether bare numbers (``[0.1, 0.2, 0.5, 0.75]``) are parts of the square that it is padded to, not of itself."""
 
