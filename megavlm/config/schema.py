@@ -464,6 +464,8 @@ class LoraConfig:
     """Let the embedding's own weights learn beside the adapters."""
     train_head: bool = False
     """Let the output layer's own weights learn beside the adapters."""
+    train_norms: bool = False
+    """Let the weights of the language model's norms learn beside the adapters (TinyGPT-V); their biases stay."""
     quantize: Literal["nf4"] | None = None
     """Q-LoRA: keep the frozen weights of the language model's layers in 4 bits (NF4, double quantisation); null keeps
     them in training.precision. Needs bitsandbytes."""

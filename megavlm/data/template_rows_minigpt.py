@@ -43,7 +43,8 @@ MINIGPT4_LLAMA_2 = replace(
     assistant=trained(TEXT, "</s>"),
 )
 # TinyGPT-V's (minigpt4/models/{minigpt_base,minigpt_v2}.py, train_configs/tinygptv_stage{3,4}.yaml of
-# DLYuanGod/TinyGPT-V @ 83f6189b): words of MiniGPT-4, Phi-2's token in front of each exchange. Its demo has no space in front of "###".
+# DLYuanGod/TinyGPT-V @ 83f6189b): words of MiniGPT-4, Phi-2's token in front of each exchange. Its demo has no space in
+# front of "###".
 TINYGPT_V = replace(
     MINIGPT4,
     name="tinygpt_v",

@@ -69,7 +69,7 @@ def test_a_configuration_that_is_written_is_read_alike(select: int, tmp_path: Pa
 
 @pytest.mark.parametrize("select", [-2, -1])
 def test_the_layer_that_was_read_is_written_again(select: int, tmp_path: Path) -> None:
-    """Where another key changed, and so the file is written: nothing lies behind the last layer that makes it another."""
+    """Where another key changed, and so the file is written again."""
     hf = Vary(select=select).save_pretrained(tmp_path / "hf")
     command("hf-to-megatron", "--hf", hf, "--out", tmp_path / "m")
     recipe = tmp_path / "m" / "recipe.yaml"

@@ -138,6 +138,22 @@ class TinyGPT(MiniGPT):
                 found[f"{name}B.default.weight"] = torch.randn(out, rank, generator=generator) / 8
         return found
 
+    @torch.no_grad()
+    def add_adapters(self) -> None:
+        """Add what adapters do to the weights: alpha 16, B A."""
+        given = self.adapters()
+        for i, layer in enumerate(self.llama_model.model.layers):
+            head = f"llama_model.base_model.model.model.layers.{i}.self_attn."
+            added = {
+                part: 16 / (self.sizes.lora or 1) * given[f"{head}{part}.lora_B.default.weight"]
+                @ given[f"{head}{part}.lora_A.default.weight"]
+                for part in ("query_key_value", "dense")
+            }  # fmt: skip
+            layer.self_attn.dense.weight += added["dense"]
+            three = added["query_key_value"].unflatten(0, (self.sizes.text_heads, 3, -1)).unbind(1)
+            for which, one in zip("qkv", three, strict=True):
+                getattr(layer.self_attn, f"{which}_proj").weight.add_(one.flatten(0, 1))
+
     def save_pretrained(self, directory: Path) -> Path:
         """Write all files."""
         super().save_pretrained(directory)
@@ -182,11 +198,11 @@ def tinygpt_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFa
         ("connector", "language"), 1e-4, 5000, 64, 2048, 32, warmup=1000, decay=0.05, template="llava_plain",
         least=8e-5, adam=_ADAM, lora=(64, 16),
     )  # fmt: skip
-    second = replace(first, steps=20_000, after="tinygpt_v/pretrain", warmup=5000)
+    second = replace(first, steps=20_000, after="tinygpt_v_224/pretrain", warmup=5000)
     third = replace(
-        first, lr=3e-5, steps=1000, batch=6, after="tinygpt_v/pretrain_2", warmup=200, template=None, least=1e-5
+        first, lr=3e-5, steps=1000, batch=6, after="tinygpt_v_224/pretrain_2", warmup=200, template=None, least=1e-5
     )
-    fourth = replace(third, lr=1e-5, steps=50_000, after="tinygpt_v/sft", warmup=1000)
+    fourth = replace(third, lr=1e-5, steps=50_000, batch=3, after="tinygpt_v_224/sft", warmup=1000)
     shared: dict[str, Any] = {
         "image": {"kind": "squash"}, "headers": header, "planner": planner,
         "answers": Lack("Transformers has no class for it: answers are held against the written-out one, in `source`"),
@@ -200,12 +216,12 @@ def tinygpt_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFa
             source=TinyGPTSource(replace(TINY, lora=None)),
             uneven=TinyGPTSource(replace(TINY, heads=3, text_heads=8)),
             others={"stage 4": TinyGPTSource(replace(STAGE_4, lora=None))},
-            presets={"tinygpt_v_224": Published(0), "tinygpt_v": Published(0)},
+            presets={"tinygpt_v_224": Published(3_884_473_728), "tinygpt_v": Published(3_884_473_728)},
             recipes={
-                "tinygpt_v/pretrain": first,
-                "tinygpt_v/pretrain_2": second,
-                "tinygpt_v/sft": third,
-                "tinygpt_v/multitask": fourth,
+                "tinygpt_v_224/pretrain": first,
+                "tinygpt_v_224/pretrain_2": second,
+                "tinygpt_v_224/sft": third,
+                "tinygpt_v/sft": fourth,
             },
             **shared,
         ),

@@ -125,6 +125,11 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
             f"{checkpoint}: the {other[0]} learned beside the adapters, which an adapter cannot hold; export whole "
             "weights, without --adapter"
         )
+    if lora.train_norms:
+        raise UserError(
+            f"{checkpoint}: weights of norms learned beside the adapters, which an adapter cannot hold; export whole "
+            "weights, without --adapter"
+        )
     if lora.train_head and model.language.tie_word_embeddings:
         raise UserError(
             f"{checkpoint}: the tied embedding learned beside the adapters; export whole weights, without --adapter"
@@ -414,7 +419,8 @@ def _write_rest(base: Path, partial: Path, lora: LoraConfig) -> None:
     tree = read_tree(base)
     tree["lora"] = {
         "rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "targets": list(lora.targets),
-        "train_embeddings": lora.train_embeddings, "train_head": lora.train_head, "quantize": None,
+        "train_embeddings": lora.train_embeddings, "train_head": lora.train_head,
+        "train_norms": lora.train_norms, "quantize": None,
     }  # fmt: skip
     tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(base.absolute())}
     modules = tree.get("modules") or {}

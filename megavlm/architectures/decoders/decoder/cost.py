@@ -117,6 +117,13 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
 
 
 @with_all_keys
+def norm_weights(language: DecoderConfig) -> list[int]:
+    """Return the elements of the weights of one layer's norms, which every rank holds whole."""
+    stream = language.pre_norms + language.post_norms + int(language.attention_branch_norm)
+    return [language.hidden_size] * stream + [language.kv_channels] * 2 * int(language.qk_layernorm)
+
+
+@with_all_keys
 def expert_parameters(language: DecoderConfig, experts: int, tensor: int) -> list[int]:
     """Return the elements of each parameter of the experts of one layer on one rank."""
     if language.num_moe_experts is None:
@@ -324,6 +331,12 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
         "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * language.ffn_hidden_size // tp,
     }  # fmt: skip
     kept = 0
+    if lora.train_norms and not kernels.fused:  # what weights of RMSNorm multiply
+        stream = language.pre_norms + language.post_norms if language.normalization == "RMSNorm" else 0
+        width = 4 if language.layernorm_zero_centered_gamma else b
+        kept += local * language.hidden_size * (stream * width + b * int(language.attention_branch_norm))
+        heads = (queries + keys) * int(language.qk_layernorm and language.normalization == "RMSNorm")
+        kept += tokens * heads * width
     if language.num_moe_experts is not None:  # of the copies of tokens
         copies, width = local * language.moe_router_topk * shards.expert_tensor, language.expert_width
         read = {EXPERT_LINEARS[0]: language.hidden_size, EXPERT_LINEARS[1]: width // shards.expert_tensor}
