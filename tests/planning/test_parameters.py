@@ -172,7 +172,6 @@ CASES: dict[str, dict[str, Any]] = {
     "q-former-tp2-pp2": {**BF16, "model": Q_FORMER, "parallel": {**TP2, **PP2, **TORCH}},
     "s2-tp2-pp2": {**BF16, "model": S2, "parallel": {**TP2, **PP2, **TORCH}},
     "phi-tp2-pp2": {**BF16, "model": PHI, "parallel": {**TP2, **PP2, **TORCH}},
-    "phi-norms-tp2-pp2-sp": {"model": TINYGPT, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "phi-norms-adapters": {**BF16, "model": TINYGPT, "parallel": {**TP2, **TORCH}, **NORM_ADAPTERS},
     "phi-tp2-pp2-sp": {"model": PHI, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "gemma-tp2-pp2-sp": {**BF16, "model": GEMMA, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
