@@ -450,7 +450,7 @@ class LoraConfig:
     """LoRA and Q-LoRA: the language model learns through adapters beside frozen weights (docs/finetuning.md)."""
 
     rank: int | None = Field(default=None, gt=0)
-    """Rank of the adapters; null for none. Needs checkpoint.load, their base: checkpoints then hold what learns alone."""
+    """Rank of the adapters; null for none. Needs checkpoint.load, their base: checkpoints hold what learns alone."""
     alpha: float = Field(default=16.0, gt=0)
     """What an adapter adds is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
