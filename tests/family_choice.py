@@ -48,6 +48,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "mllama": ("towers.tiled_vit", "connectors.mlp", "decoders.decoder"),
     "blip2": ("towers.vit", "connectors.q_former", "decoders.decoder"),
     "minigpt4": ("towers.vit", "connectors.q_former", "decoders.decoder"),
+    "tinygpt_v": ("towers.vit", "connectors.q_former", "decoders.decoder"),
     "minigpt_v2": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "gemma3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "deepseek_vl": ("towers.vit", "connectors.mlp", "decoders.decoder"),

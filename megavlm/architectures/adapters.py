@@ -110,8 +110,10 @@ def is_adapter(name: str) -> bool:
 def prepare_adapters(language: GPTModel, lora: LoraConfig, seed: int) -> None:
     """Freeze a chunk's own weights but those that the recipe lets learn, and give the adapters their first values."""
     for name, parameter in language.named_parameters():
-        kept = (lora.train_embeddings and name.startswith("embedding.")) or (
-            lora.train_head and name.startswith("output_layer.")
+        kept = (
+            (lora.train_embeddings and name.startswith("embedding."))
+            or (lora.train_head and name.startswith("output_layer."))
+            or (lora.train_norms and parameter.dim() == 1 and name.endswith(".weight"))
         )
         parameter.requires_grad_(is_adapter(name) or kept)
     if lora.dropout:

@@ -347,6 +347,12 @@ class FinalParameter(NamedTuple):
     """It is the output layer's: its bias."""
 
 
+def norm_weights(language: LanguageConfig) -> list[int]:
+    """Return the elements of the weights of one layer's norms; of architectures that lora.train_norms goes with."""
+    cost: Any = decoder_cost(language)
+    return list(cost.norm_weights(language))
+
+
 def final_parameters(language: LanguageConfig, tensor: int) -> list[FinalParameter]:
     """Return what a language model has behind its layers on one rank, but the output layer's weight.
 

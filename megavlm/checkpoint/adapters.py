@@ -102,7 +102,7 @@ def check_same_adapters(path: Path, recipe: Recipe, *, resuming: bool) -> None:
             f"there, or write whole weights with megavlm convert merge and name these"
         )
     wanted = to_tree(recipe)["lora"]
-    for name in ("rank", "alpha", "targets", "train_embeddings", "train_head", "quantize"):
+    for name in ("rank", "alpha", "targets", "train_embeddings", "train_head", "train_norms", "quantize"):
         there = saved.get(name)
         if name == "targets":
             there, wanted[name] = sorted(there or []), sorted(wanted[name])

@@ -78,7 +78,7 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
     lora = recipe.lora
     if lora.rank is None:
         plain = LoraConfig()
-        for name in ("alpha", "dropout", "targets", "train_embeddings", "train_head", "quantize"):
+        for name in ("alpha", "dropout", "targets", "train_embeddings", "train_head", "train_norms", "quantize"):
             if getattr(lora, name) != getattr(plain, name):
                 yield (
                     f"{_KEY}{name}: has no effect without {_KEY}rank; set that, or leave this out (lora={{}} empties "
@@ -113,6 +113,9 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
             f"{_KEY}train_head: the model's embedding and output layer are one weight; set it and "
             f"{_KEY}train_embeddings alike"
         )
+    cost = architecture_named("language", recipe.model.language.preset).cost
+    if lora.train_norms and (recipe.model.language.cross_layers or not hasattr(cost, "norm_weights")):
+        yield (f"{_KEY}train_norms: which norms learn is known of layers that attend to text alone; set it to false")
     if recipe.checkpoint.load is None:
         yield f"checkpoint.load: {_KEY}rank needs the weights that the adapters are for; name their checkpoint"
     if recipe.engine.fp8 is not None:

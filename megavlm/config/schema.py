@@ -442,8 +442,7 @@ class LoraConfig:
     """LoRA and Q-LoRA: the language model learns through adapters beside frozen weights (docs/finetuning.md)."""
 
     rank: int | None = Field(default=None, gt=0)
-    """Rank of the adapters; null for none: the language model's own weights learn. Needs checkpoint.load, the weights
-    that the adapters are for: a run's checkpoints then hold what learns and no more."""
+    """Rank of the adapters; null for none. Needs checkpoint.load, their base: checkpoints hold what learns alone."""
     alpha: float = Field(default=16.0, gt=0)
     """What an adapter adds is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -456,6 +455,8 @@ class LoraConfig:
     """Let the embedding's own weights learn beside the adapters."""
     train_head: bool = False
     """Let the output layer's own weights learn beside the adapters."""
+    train_norms: bool = False
+    """Let the weights of the language model's norms learn beside the adapters (TinyGPT-V); their biases stay."""
     quantize: Literal["nf4"] | None = None
     """Q-LoRA: keep the frozen weights of the language model's layers in 4 bits (NF4, double quantisation); null keeps
     them in training.precision. Needs bitsandbytes."""

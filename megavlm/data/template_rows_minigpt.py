@@ -42,5 +42,17 @@ MINIGPT4_LLAMA_2 = replace(
     user=("<s>", "[INST] ", TEXT, " [/INST] "),
     assistant=trained(TEXT, "</s>"),
 )
+# TinyGPT-V's (minigpt4/models/{minigpt_base,minigpt_v2}.py, train_configs/tinygptv_stage{3,4}.yaml of
+# DLYuanGod/TinyGPT-V @ 83f6189b): words of MiniGPT-4, Phi-2's token in front of each exchange. Its demo has no space in
+# front of "###".
+TINYGPT_V = replace(
+    MINIGPT4,
+    name="tinygpt_v",
+    title="TinyGPT-V",
+    begin=(),
+    user=("<|endoftext|>", "###Human: ", TEXT, " ###"),
+    tokens=(ControlToken(("<|endoftext|>",)),),
+    eos=("<|endoftext|>",),
+)
 
-MINIGPT_ROWS = (MINIGPT4, MINIGPT4_LLAMA_2, MINIGPT_V2)
+MINIGPT_ROWS = (MINIGPT4, MINIGPT4_LLAMA_2, MINIGPT_V2, TINYGPT_V)

@@ -75,6 +75,8 @@ class Family(ABC):
     :meth:`refuses` then says by which."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
+    branch_norm: ClassVar[bool] = False
+    """Whether its language model may have a norm behind attention alone: :meth:`refuses` then says where."""
     own_tokens: ClassVar[bool] = False
     """Whether pictures are tokens of its language model, whose norms are Chameleon's: :meth:`refuses` then says how."""
     own_cross: ClassVar[bool] = False
@@ -123,6 +125,8 @@ class Family(ABC):
     comment says where its authors ask so, or that no such place was found."""
     box_pixels: ClassVar[bool] = False
     """Whether its ``bbox_2d`` counts pixels of the picture as the model sees it; else thousandths of the sides."""
+    kept_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``config.json`` that stay as they came where weights go home beside what they came with."""
     box_plane: ClassVar[bool] = False
     """Whether bare numbers (``[0.1, 0.2, 0.5, 0.75]``) are parts of the square that it is padded to, not of itself."""
 
@@ -196,6 +200,8 @@ class Family(ABC):
             return f"attention is {mask or 'causal'} (model.language.attention_mask), in the family it {known}"
         if getattr(model.language, "post_layernorms", False) and not self.own_norms:
             return "the language model has norms behind attention and MLP (post_layernorms), which the family has not"
+        if getattr(model.language, "attention_branch_norm", False) and not self.branch_norm:
+            return "a norm stands behind attention alone (attention_branch_norm), which the family has not"
         if model.language.picture_tokens is not None and not self.own_tokens:
             return "pictures are tokens (model.language.image_tokens), in the family they are features"
         if getattr(model.language, "head_layernorm", False) and not self.own_tokens:

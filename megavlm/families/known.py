@@ -36,6 +36,7 @@ _OURS = (
     "megavlm.families.minicpm_v:MiniCPMLlama3V25Family",
     "megavlm.families.paligemma:PaliGemmaFamily",
     "megavlm.families.blip2:Blip2Family",
+    "megavlm.families.tinygpt_v:TinyGPTVFamily",
     "megavlm.families.minigpt:MiniGPT4Family",
     "megavlm.families.minigpt:MiniGPTv2Family",
     "megavlm.families.cobra:CobraFamily",

@@ -44,7 +44,7 @@ _EPSILON = 1e-5
 _PATCHES = 4
 """That become one token of MiniGPT-v2."""
 _PROJ = f"{PROJECTION}/llama_proj."
-_ASIDE = (
+ADAPTERS_ASIDE = (
     Aside(r"{minigpt}llama_model\..*\.rotary_emb\.inv_freq", "fixed rotary tables"),
     Aside(
         r"{minigpt}llama_model\..*\.lora_[AB]\.(default\.)?weight",
@@ -95,7 +95,7 @@ class MiniGPT4Family(Family):
         named = dataclasses.replace(
             connector,
             names={"projection": f"{PROJECTION}/", "minigpt": f"{PROJECTION}/"},
-            aside=(*connector.aside, *_ASIDE),
+            aside=(*connector.aside, *ADAPTERS_ASIDE),
         )
         return [
             dataclasses.replace(EVA01_VISION, prefix=f"{EVA_TOWER}/", names={"norm": self.norm}),
@@ -131,7 +131,7 @@ class MiniGPT4Family(Family):
     def _vision(self, source: Source) -> Tree:
         """Return ``model.vision``."""
         vision = eva01_tower(source, f"{EVA_TOWER}/")
-        size = _told(source).get("image_size")
+        size = told_of(source).get("image_size")
         if type(size) is int:
             vision["image_size"] = size
         return {**vision, "post_layernorm_epsilon": _EPSILON, "class_feature": self.class_feature}
@@ -177,7 +177,7 @@ class MiniGPTv2Family(MiniGPT4Family):
 
     def settings(self, model: ModelConfig) -> Tree:
         """Return what its code's own file of settings says of the model."""
-        own = ("minigpt_v2", "pretrain") if _stretched(model.vision) else ("minigpt4", "pretrain_llama2")
+        own = ("minigpt_v2", "pretrain") if stretched(model.vision) else ("minigpt4", "pretrain_llama2")
         return {"model": {"arch": own[0], "image_size": model.vision.image_size, "model_type": own[1]}}
 
     def templates(self, source: Source) -> tuple[str, ...]:
@@ -190,7 +190,7 @@ class MiniGPTv2Family(MiniGPT4Family):
     def _vision(self, source: Source) -> Tree:
         """Return ``model.vision``: MiniGPT-v2 stretches the tower's table to twice its sides."""
         vision = super()._vision(source)
-        if _is_v2(source) and "image_size" not in _told(source):
+        if _is_v2(source) and "image_size" not in told_of(source):
             vision["image_size"] *= 2
         for kind, value in (("weight", 1.0), ("bias", 0.0)):
             if f"{self.norm}.{kind}" not in source:
@@ -262,7 +262,7 @@ def no_eva01(vision: VisionConfig) -> str | None:
     return None
 
 
-def _told(source: Source) -> Mapping[str, Any]:
+def told_of(source: Source) -> Mapping[str, Any]:
     """Return the settings of the model that the trainer put beside the weights; empty where there are none."""
     piece = source.pieces.get(PROJECTION)
     told = piece.settings.get("model") if piece is not None else None
@@ -271,11 +271,12 @@ def _told(source: Source) -> Mapping[str, Any]:
 
 def _is_v2(source: Source) -> bool:
     """Whether it is MiniGPT-v2: it is said, or there are adapters, which MiniGPT-4 has not."""
-    told = _told(source).get("arch")
+    told = told_of(source).get("arch")
     return told == "minigpt_v2" or any(".lora_A." in name for name in source.tensors)
 
 
-def _stretched(vision: VisionConfig) -> bool:
+def stretched(vision: VisionConfig) -> bool:
+    """Whether pictures have more patches than the tower's table has places."""
     return bool(vision.image_size != vision.positional_grid * vision.patch_size)
 
 

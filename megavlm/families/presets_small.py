@@ -70,6 +70,8 @@ _MINIGPT: dict[str, tuple[dict[str, Any], str]] = {
     "minigpt4_llama_2_7b": ({"preset": "llama2_7b"}, "minigpt4_llama_2"),
     "minigpt_v2_7b": ({"preset": "llama2_7b"}, "minigpt_v2"),
 }
+# Tyrannosaurus/TinyGPT-V (README.md of DLYuanGod/TinyGPT-V @ 83f6189b): pictures of stages 1 to 3, and of stage 4.
+_TINYGPT_V = {"tinygpt_v_224": 224, "tinygpt_v": 448}
 
 
 def register() -> None:
@@ -209,3 +211,16 @@ def _register_of_the_blip_line() -> None:
             image={"kind": "squash"},
             template=template,
         )
+    for name, side in _TINYGPT_V.items():
+        MODELS.register(
+            name,
+            vision={
+                "preset": f"eva01_clip_g_14_{side}", "post_layernorm_epsilon": 1e-5, "class_feature": True,
+            },
+            connector={"preset": "q_former", "trained": "projection", "projection_hidden_size": 4096},
+            language={
+                "preset": "phi_2", "qk_layernorm": True, "attention_branch_norm": True, "layer_names": "phi_fused",
+            },
+            image={"kind": "squash"},
+            template="tinygpt_v",
+        )  # fmt: skip

@@ -45,6 +45,7 @@ class VaryFamily(QwenFamily):
     title = "Vary-toy and Vary (varyQwenForCausalLM)"
     finds = None  # "Detect an object: ..", Table 1 of the paper; how its answers write a box was read nowhere
     template = "vary"
+    kept_keys = ("vision_select_layer",)
     image_plan = "crop_squash"
     parts = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {

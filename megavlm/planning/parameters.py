@@ -19,6 +19,7 @@ from megavlm.architectures.cost import (
     expert_parameters,
     final_parameters,
     layer_kinds,
+    norm_weights,
 )
 from megavlm.config.architecture import BRANCHES, own_of
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
@@ -174,15 +175,21 @@ def _with_adapters(
         else:
             own, beside = cost.layer_parameters(kind, tp), cost.adapter_parameters(kind, lora, tp)
             linears = cost.linear_parameters(kind, tp)
+        norms = norm_weights(kind) if lora.train_norms else []
         for elements in own:
+            if elements in norms:
+                norms.remove(elements)
+                yield ChunkParameter("language", elements, True)
+                continue
             yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
         for elements in beside:
             yield ChunkParameter("language", elements, True)
     if first:
         yield ChunkParameter("language", table, lora.train_embeddings)
     if last:
-        for one in final_parameters(language, tp):
-            yield ChunkParameter("language", one.elements, lora.train_head and one.head)
+        for number, one in enumerate(final_parameters(language, tp)):  # first the last norm's weight
+            learns = (lora.train_head and one.head) or (lora.train_norms and number == 0)
+            yield ChunkParameter("language", one.elements, learns)
         if not (language.tie_word_embeddings and first):
             yield ChunkParameter("language", table, lora.train_head)
 

@@ -5,6 +5,7 @@ Weights and gradients go from the published names to ours by the connectors' own
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,6 +61,9 @@ def _q_former(frequency: int, layers: int) -> nn.Module:
     )  # fmt: skip
 
 
+_TWO_LAYERS = dataclasses.replace(
+    BLIP2_Q_FORMER, rest=(*BLIP2_Q_FORMER.rest, *both("layers.1", "language_projection2"))
+)
 _ABSTRACTOR = {"preset": "c_abstractor", "output_grid": 2, "hidden_size": 32}
 CASES: dict[str, Case] = {
     "concat-row": Case(
@@ -129,6 +133,10 @@ CASES: dict[str, Case] = {
         lambda: published.Resampler(WIDTH, EMBED, 32, 4, positions=True), MINICPM_RESAMPLER, 4, "resampler.",
     ),
     "q-former": Case(_Q_FORMER, lambda: _q_former(2, 3), BLIP2_Q_FORMER, 5),
+    "q-former-two-layers": Case(
+        {**_Q_FORMER, "projection_hidden_size": 24},
+        lambda: published.TwoLayers(_q_former(2, 3), 32, 24, EMBED), _TWO_LAYERS, 5,
+    ),
     "q-former-class-token": Case(
         {**_Q_FORMER, "num_layers": 2, "cross_attention_frequency": 1}, lambda: _q_former(1, 2), BLIP2_Q_FORMER, 5,
         class_feature=True,

@@ -278,3 +278,19 @@ class QFormer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         queries = self.query_tokens.expand(x.size(0), -1, -1)
         return self.language_projection(self.qformer(queries, encoder_hidden_states=x).last_hidden_state)
+
+
+class TwoLayers(nn.Module):
+    """TinyGPT-V's (``encode_img`` in minigpt4/models/minigpt4.py of DLYuanGod/TinyGPT-V @ 83f6189b): no activation."""
+
+    def __init__(self, first: QFormer, width: int, inside: int, embed: int) -> None:
+        super().__init__()
+        for name, module in first.named_children():
+            setattr(self, name, module)
+        self.query_tokens, self.first = first.query_tokens, [first]
+        first.language_projection = self.language_projection = nn.Linear(width, inside)
+        self.language_projection2 = nn.Linear(inside, embed)
+
+    def forward(self, *given: Tensor) -> Tensor:
+        found: Tensor = self.language_projection2(self.first[0](*given))
+        return found

@@ -164,7 +164,7 @@ def test_adapters(tmp_path: Path) -> None:
     tree = to_tree(recipe()) | {"lora": {"rank": 4, "targets": ["q_proj"]}}
     assert read_tree(older(tmp_path / "m", tree=tree))["lora"] == {
         "rank": 4, "alpha": 16.0, "dropout": 0.0, "targets": ["q_proj"], "train_embeddings": False,
-        "train_head": False, "quantize": None,
+        "train_head": False, "train_norms": False, "quantize": None,
     }  # fmt: skip
 
 

@@ -83,6 +83,7 @@ def test_twenty_conversations_as_published(name: str) -> None:
             "minigpt4",
             "minigpt4_llama_2",
             "minigpt_v2",
+            "tinygpt_v",
         )
         else 6
         if "plain" in name

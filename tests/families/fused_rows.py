@@ -10,6 +10,7 @@ from cobra_rows import cobra_rows
 from cogvlm_rows import cogagent_row, cogvlm_rows
 from minigemini_rows import minigemini_rows
 from minigpt_models import minigpt_rows
+from tinygpt_models import tinygpt_rows
 from vary_rows import vary_rows
 from whole import WholeFamily
 
@@ -20,6 +21,7 @@ def fused_rows(header: Any, targets: Any, planned: Any) -> dict[str, WholeFamily
         **minigemini_rows(header, targets, planned),
         **blip2_rows(targets, planned),
         **minigpt_rows(header, planned),
+        **tinygpt_rows(header, planned),
         **cobra_rows(header, planned),
         **cogvlm_rows(header, planned),
         **vary_rows(header, planned),

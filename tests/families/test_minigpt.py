@@ -157,14 +157,14 @@ def unknown(path: Path) -> None:
 
 def other_text(path: Path) -> None:
     tree = json.loads((path / "llm" / "config.json").read_text())
-    (path / "llm" / "config.json").write_text(json.dumps(tree | {"model_type": "phi"}))
+    (path / "llm" / "config.json").write_text(json.dumps(tree | {"model_type": "gemma"}))
 
 
 BAD: dict[str, tuple[Sizes, Callable[[Path], None], tuple[str, ...]]] = {
     "two files": (V2, twice, ("pretrained_minigpt.pth", "second.pth", "move one elsewhere")),
     "no q-former": (LLAMA_2, narrow, ("llama_proj.weight takes 256", "704", "blip2_pretrained_flant5xxl.pth")),
     "unknown": (V2, unknown, ("minigpt/llama_proj2.weight: unknown to the family minigpt_v2",)),
-    "language": (QUERIES, other_text, ("llm/config.json", "'phi'", "'llama'")),
+    "language": (QUERIES, other_text, ("llm/config.json", "'gemma'", "'llama'")),
 }
 
 

@@ -134,6 +134,7 @@ SAID = {
     "cogagent": ("high_num_layers", "high_ffn_hidden_size"),
     "minigpt4": ("patch_size",),
     "minigpt_v2": ("patch_size",),
+    "tinygpt_v": ("patch_size",),
     "vary": ("num_layers", "high_num_layers", "high_ffn_hidden_size", "high_window_size", "high_neck_size"),
 }
 """Of families whose towers have no configuration: what tensors say beside these."""

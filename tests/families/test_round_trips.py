@@ -35,6 +35,7 @@ from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
 from t5_models import T5
 from text_cases import ROWS
+from tinygpt_models import TINYGPT
 from tinyllava_models import TINYLLAVA
 from tower_models import TOWERS
 from vary_models import VARY
@@ -66,6 +67,7 @@ OTHERS = (
     | TOWERS
     | BLIP2
     | MINIGPT
+    | TINYGPT
     | DEEPSEEK
     | IDEFICS3
     | MLLAMA

@@ -67,6 +67,23 @@ def test_a_configuration_that_is_written_is_read_alike(select: int, tmp_path: Pa
     assert family.branches(Source(hf)) == before
 
 
+@pytest.mark.parametrize("select", [-2, -1])
+def test_the_layer_that_was_read_is_written_again(select: int, tmp_path: Path) -> None:
+    """Where another key changed, and so the file is written again."""
+    hf = Vary(select=select).save_pretrained(tmp_path / "hf")
+    command("hf-to-megatron", "--hf", hf, "--out", tmp_path / "m")
+    recipe = tmp_path / "m" / "recipe.yaml"
+    text = recipe.read_text()
+    assert "max_position_embeddings: 8192" in text
+    recipe.write_text(text.replace("max_position_embeddings: 8192", "max_position_embeddings: 4096"))
+    command("megatron-to-hf", "--megatron", tmp_path / "m", "--out", tmp_path / "back")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (written["vision_select_layer"], written["max_position_embeddings"]) == (select, 4096)
+    one, two = Source(hf), Source(tmp_path / "back")
+    assert one.tensors.keys() == two.tensors.keys()
+    assert FAMILIES[FAMILY].branches(one)["vision"] == FAMILIES[FAMILY].branches(two)["vision"]
+
+
 def _without(word: str) -> Callable[[Path], None]:
     def change(source: Path) -> None:
         path = source / "model.safetensors"

@@ -92,6 +92,17 @@ PHI: dict[str, Any] = {
     **INTERNVL,
     "language": {**INTERNVL["language"], "preset": "phi", "tie_word_embeddings": False},
 }
+# Norms of queries and keys too, and one behind attention; two layers behind the queries of a Q-Former.
+TINYGPT: dict[str, Any] = {
+    **INTERNVL,
+    "connector": {"preset": "q_former", "num_queries": 4, "num_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
+    | {"ffn_hidden_size": 64, "trained": "projection", "projection_hidden_size": 48},
+    "language": {**PHI["language"], "qk_layernorm": True, "attention_branch_norm": True},
+}
+NORM_ADAPTERS: dict[str, Any] = {
+    "lora": {"rank": 4, "targets": ("q_proj", "dense"), "train_norms": True},
+    "checkpoint": {"load": "."},
+}
 # Norms around 1, GeGLU, one key/value head, multipliers.
 GEMMA: dict[str, Any] = {
     **INTERNVL,
@@ -161,6 +172,7 @@ CASES: dict[str, dict[str, Any]] = {
     "q-former-tp2-pp2": {**BF16, "model": Q_FORMER, "parallel": {**TP2, **PP2, **TORCH}},
     "s2-tp2-pp2": {**BF16, "model": S2, "parallel": {**TP2, **PP2, **TORCH}},
     "phi-tp2-pp2": {**BF16, "model": PHI, "parallel": {**TP2, **PP2, **TORCH}},
+    "phi-norms-adapters": {**BF16, "model": TINYGPT, "parallel": {**TP2, **TORCH}, **NORM_ADAPTERS},
     "phi-tp2-pp2-sp": {"model": PHI, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "gemma-tp2-pp2-sp": {**BF16, "model": GEMMA, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "gemma3-tp2-pp2": {**BF16, "model": GEMMA3, "parallel": {**TP2, **PP2, **TORCH}},

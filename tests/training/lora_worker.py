@@ -56,6 +56,8 @@ def part_of(key: str) -> str:
     name = key.partition(".")[2]
     if name.rpartition(".")[2] in LORA:
         return "adapters"
+    if "norm" in name and name.startswith("language.") and name.endswith(".weight"):
+        return "norms"
     return next(part for start, part in PARTS.items() if name.startswith(start))
 
 

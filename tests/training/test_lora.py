@@ -78,9 +78,10 @@ LEARNS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"vision": True, "connector": True, "lora": QWEN | {"train_embeddings": True}}, ["adapters", "embedding"],
     ),
     "and head": ({"vision": True, "connector": True, "lora": QWEN | {"train_head": True}}, ["adapters", "head"]),
+    "and norms": ({"vision": True, "connector": True, "lora": QWEN | {"train_norms": True}}, ["adapters", "norms"]),
     "and tower": ({"connector": True, "lora": QWEN}, ["adapters", "vision"]),
     "and connector": ({"vision": True, "lora": QWEN}, ["adapters", "connector"]),
-    "no adapters, tower frozen": ({"vision": True}, ["connector", "embedding", "head", "language"]),
+    "no adapters, tower frozen": ({"vision": True}, ["connector", "embedding", "head", "language", "norms"]),
     "connector alone": ({"vision": True, "language": True}, ["connector"]),
     "tower alone": ({"connector": True, "language": True}, ["vision"]),
 }  # fmt: skip

@@ -327,7 +327,9 @@ def _write_assets(
     result.changed = _differences(family, source, model)
     if result.changed:
         path = partial / family.text_folder / CONFIG
-        _write_config(partial, family, read_json(path) if path.is_file() else {}, family.config(model, tokens))
+        old = read_json(path) if path.is_file() else {}
+        kept = {key: old[key] for key in family.kept_keys if key in old}
+        _write_config(partial, family, old, {**family.config(model, tokens), **kept})
 
 
 def _write_meaning(

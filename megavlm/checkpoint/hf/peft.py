@@ -125,6 +125,11 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
             f"{checkpoint}: the {other[0]} learned beside the adapters, which an adapter cannot hold; export whole "
             "weights, without --adapter"
         )
+    if lora.train_norms:
+        raise UserError(
+            f"{checkpoint}: weights of norms learned beside the adapters, which an adapter cannot hold; export whole "
+            "weights, without --adapter"
+        )
     if lora.train_head and model.language.tie_word_embeddings:
         raise UserError(
             f"{checkpoint}: the tied embedding learned beside the adapters; export whole weights, without --adapter"
@@ -255,12 +260,13 @@ def _check_beside(where: Path, beside: Mapping[str, Any], base: Path, model: Mod
     Raises:
         UserError: it is something else, which would be lost.
     """
-    slots = find_slots(model, ["connector"]) if beside else {}
+    slots = find_slots(model, ["connector", "language"]) if beside else {}
     for name, value in beside.items():
         own = CheckpointReader(base).read(slots[name]) if name in slots else None
         if own is None or own.shape != value.shape or not torch.equal(own.float(), value.float()):
+            what = "the projection" if name.startswith("connector.") else f"the norm {name}"
             raise UserError(
-                f"{where}: what it holds of the projection is not what {base} has, and adapters cannot hold it; convert"
+                f"{where}: what it holds of {what} is not what {base} has, and adapters cannot hold it; convert"
                 " the directory of the model with this file in it, and name that as --base"
             )
 
@@ -413,7 +419,8 @@ def _write_rest(base: Path, partial: Path, lora: LoraConfig) -> None:
     tree = read_tree(base)
     tree["lora"] = {
         "rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "targets": list(lora.targets),
-        "train_embeddings": lora.train_embeddings, "train_head": lora.train_head, "quantize": None,
+        "train_embeddings": lora.train_embeddings, "train_head": lora.train_head,
+        "train_norms": lora.train_norms, "quantize": None,
     }  # fmt: skip
     tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(base.absolute())}
     modules = tree.get("modules") or {}

@@ -19,8 +19,18 @@ from megavlm.config.errors import UserError
 from megavlm.weights.pickles import load_weights
 
 _ALPHA, _DROPOUT = 16, 0.05
-APART = {"llama_proj.weight": "connector.layers.0.weight", "llama_proj.bias": "connector.layers.0.bias"}
-"""What is trained beside the adapters, and what it is called here."""
+APART = {
+    f"llama_proj{number or ''}.{kind}": f"connector.layers.{max(number - 1, 0)}.{kind}"
+    for number in (0, 2)
+    for kind in ("weight", "bias")
+}
+"""What is trained beside the adapters, and what it is called here; TinyGPT-V's second layer is ``llama_proj2``."""
+_NORMS = {
+    "input_layernorm": "input_layernorm", "self_attn.q_layernorm": "self_attention.q_layernorm",
+    "self_attn.k_layernorm": "self_attention.k_layernorm", "post_layernorm": "self_attn_bda.norm",
+}  # fmt: skip
+_TEXT = r"llama_model\.base_model\.model\.model\."
+_NORM = re.compile(_TEXT + r"(layers\.[0-9]+\.)(.*)\.weight")
 _NAME = re.compile(r"llama_model\.(base_model\.model\..*\.lora_[AB])\.(?:default\.)?weight")
 
 
@@ -44,8 +54,17 @@ def read_minigpt(file: Path) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
     alpha, dropout = told.get("lora_alpha", _ALPHA), told.get("lora_dropout", _DROPOUT)
     if not _number(alpha) or alpha <= 0 or not _number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"{file}: its config has lora_alpha {str(alpha)[:40]!r} and lora_dropout {str(dropout)[:40]!r}")
-    beside = {ours: state[theirs] for theirs, ours in APART.items() if theirs in state}  # type: ignore[index, operator]
+    beside = {ours: state[name] for name in state if (ours := _ours(str(name)))}  # type: ignore[index, union-attr]
     return Settings(ranks.pop(), float(alpha), float(dropout)), found, beside
+
+
+def _ours(name: str) -> str | None:
+    """Return what is called here what was trained beside adapters; None for anything else."""
+    if re.fullmatch(_TEXT + r"final_layernorm\.weight", name):
+        return "language.decoder.final_layernorm.weight"
+    if (found := _NORM.fullmatch(name)) and found[2] in _NORMS:
+        return f"language.decoder.{found[1]}{_NORMS[found[2]]}.weight"
+    return APART.get(name)
 
 
 def _number(value: Any) -> bool:

@@ -122,7 +122,7 @@ class QFormer(MegatronModule):
         )
         if connector.trained == "projection":
             self.requires_grad_(False)
-        self.layers = linear_stack([width, model.language.hidden_size], config)
+        self.layers = linear_stack(connector.projected(model.language.hidden_size), config)
         if context.initialize:
             nn.init.normal_(self.query, std=connector.init_method_std)
 
@@ -132,7 +132,7 @@ class QFormer(MegatronModule):
             x_QNH = self.norm(self.query).unsqueeze(1)
             for block in self.blocks:
                 x_QNH = block(x_QNH, features_PNW)
-            return run_stack(self.layers, x_QNH)
+            return run_stack(self.layers, x_QNH, nn.Identity())
 
 
 def build(model: ModelConfig, context: BuildContext) -> QFormer:

@@ -36,7 +36,7 @@ def parameters(model: ModelConfig, tensor: int) -> list[Parameter]:
     for layer in range(connector.num_layers):
         shapes += attention(width) + (attention(seen) if connector.looks(layer) else []) + mlp
     fixed = connector.trained == "projection"
-    last = stack_parameters([width, model.language.hidden_size], tensor)
+    last = stack_parameters(connector.projected(model.language.hidden_size), tensor)
     return [*(Parameter(elements, fixed=fixed) for elements in shapes), *(Parameter(elements) for elements in last)]
 
 
@@ -51,7 +51,7 @@ def work(model: ModelConfig, pictures: Pictures) -> Work:
     products = 2 * tokens * ((layers - 1) * 4 * square + layers * 2 * width * connector.ffn_hidden_size)
     # Of those that look: the queries' projection (the first one's once for all), the result's, keys and values.
     products += 2 * tokens * (2 * looking - 1) * square + looking * 2 * features * 2 * model.vision.feature_size * width
-    products += stack_work([width, model.language.hidden_size], tokens)
+    products += stack_work(connector.projected(model.language.hidden_size), tokens)
     attention = 4 * width * queries * ((layers - 1) * tokens + looking * features)
     return Work(products=products, attention=attention)
 
@@ -74,4 +74,5 @@ def kept(model: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, 
     total += connector.num_layers * tokens * mlp
     # The last norm's output, for the layer behind it; what is looked at, for keys and values.
     total += tokens * width * b * (int(learns) - int(inside))
+    total += tokens * (connector.projection_hidden_size or 0) // tensor * b * int(learns)
     return total + features * model.vision.feature_size * b * int(inside)

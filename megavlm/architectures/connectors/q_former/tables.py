@@ -56,3 +56,8 @@ LAVIS_Q_FORMER = dataclasses.replace(
     ),
 )  # fmt: skip
 """BLIP-2's own (LAVIS); the layer that MiniGPT-4 puts behind it lies elsewhere."""
+
+TINYGPT_V_Q_FORMER = dataclasses.replace(
+    LAVIS_Q_FORMER, rest=(*LAVIS_Q_FORMER.rest, *both("layers.1", "{projection}llama_proj2"))
+)
+"""The same with TinyGPT-V's second layer."""

@@ -8,6 +8,7 @@ hooks and a parameter, so that its forward pass stays its own.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
-from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
+from megavlm.architectures.decoders.decoder.config import BRANCH_EPSILON, DecoderConfig, with_all_keys
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig, ParallelConfig
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
@@ -151,6 +152,13 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     return tuple(plan)
 
 
+def _branch_norm(config: TransformerConfig) -> TransformerConfig:
+    """Return the configuration of the norm behind attention alone: its kind and epsilon are not those of the others."""
+    own = copy.copy(config)
+    own.normalization, own.layernorm_epsilon, own.layernorm_zero_centered_gamma = "RMSNorm", BRANCH_EPSILON, False
+    return own
+
+
 def _features(language: DecoderConfig) -> tuple[int, int, int] | None:
     """Return heads, their width and that of features, of attention beside text."""
     features, width, heads = (
@@ -260,6 +268,10 @@ def build(
             params = {"norm": one.norm, "config": config, "multiplier": language.residual_multiplier}
             one.layer.submodules.self_attn_bda = ModuleSpec(module=NormedSum, params=params)
             one.layer.submodules.mlp_bda = ModuleSpec(module=NormedSum, params=params)
+    if language.attention_branch_norm:
+        for one in modules.values():
+            params = {"norm": one.norm, "config": _branch_norm(config), "multiplier": language.residual_multiplier}
+            one.layer.submodules.self_attn_bda = ModuleSpec(module=NormedSum, params=params)
     first = get_transformer_layer_offset(config, vp_stage)
     here = plan[first : first + get_num_layers_to_build(config, vp_stage)]
     model = GPTModel(

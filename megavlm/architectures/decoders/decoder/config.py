@@ -109,6 +109,9 @@ class DecoderConfig(ExpertsConfig):
     post_layernorms: bool = False
     """A norm also behind attention and behind the MLP, before what they give is added (Gemma 3; GLM-4, Hugging Face:
     post_self_attn_layernorm, post_mlp_layernorm)."""
+    attention_branch_norm: bool = False
+    """With use_parallel_residual: an RMSNorm of epsilon 1e-6 behind attention, before what it gives is added
+    (TinyGPT-V: post_layernorm)."""
     pre_layernorms: bool = True
     """A norm in front of attention and one in front of the MLP; false, with post_layernorms, for those behind alone
     (Chameleon-34B; Hugging Face: swin_norm)."""
@@ -132,11 +135,13 @@ class DecoderConfig(ExpertsConfig):
     """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
     use_logn_attn: Annotated[bool, Meaning.USE] = False
     """In generation, multiply queries past seq_length by log(position) / log(seq_length) (Qwen v1's logn attention)."""
-    layer_names: Annotated[Literal["qwen", "llama", "phi3", "phi", "internlm2", "glm"], Meaning.NAMES] = "llama"
+    layer_names: Annotated[Literal["qwen", "llama", "phi3", "phi", "phi_fused", "internlm2", "glm"], Meaning.NAMES] = (
+        "llama"
+    )
     """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), llama (and all
     that have its names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj), phi3 (qkv_proj, o_proj,
-    gate_up_proj, down_proj), phi (q_proj, k_proj, v_proj, dense, fc1, fc2), internlm2 (wqkv, wo, w1, w3, w2) or glm
-    (llama's with gate_up_proj). Presets set it."""
+    gate_up_proj, down_proj), phi (q_proj, k_proj, v_proj, dense, fc1, fc2), phi_fused (query_key_value, dense, fc1,
+    fc2), internlm2 (wqkv, wo, w1, w3, w2) or glm (llama's with gate_up_proj). Presets set it."""
 
     @property
     def picture_tokens(self) -> tuple[int, int] | None:
@@ -228,6 +233,8 @@ class DecoderConfig(ExpertsConfig):
         return self.seq_length if self.use_logn_attn else None
 
 
+BRANCH_EPSILON = 1e-6
+"""Of ``attention_branch_norm`` (``LlamaRMSNorm`` in modeling_phi.py of DLYuanGod/TinyGPT-V @ 83f6189b)."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -266,6 +273,11 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
         yield f"{_OWN}.rope_local_base_freq: is for positions of one number; set {_OWN}.rotary_sections to []"
     if language.post_layernorms and language.use_parallel_residual:
         yield f"{_OWN}.post_layernorms: not with attention and MLP side by side; set it to false"
+    if language.attention_branch_norm and not language.use_parallel_residual:
+        yield (
+            f"{_OWN}.attention_branch_norm: is for attention and MLP side by side; set {_OWN}.use_parallel_residual to"
+            " true, or this to false"
+        )
     yield from _cross(language, tp)
     yield from _norms(language, tp)
     yield from _image_tokens(language)

@@ -51,7 +51,7 @@ def _projected_by_norms(language: DecoderConfig, tensor: int, number_bytes: int)
     queries, keys = language.num_attention_heads // tensor, _local_groups(language, tensor)
     if language.head_layernorm:  # whatever the type
         return (queries + 2 * keys) * language.kv_channels
-    if not language.qk_layernorm or number_bytes != 4:
+    if not language.qk_layernorm or (number_bytes != 4 and language.normalization == "RMSNorm"):
         return 0
     return _gathered_width(language, tensor) or (queries + 2 * keys) * language.kv_channels
 
@@ -97,7 +97,7 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
     norms = language.pre_norms + language.post_norms
     shapes = [hidden] * (norms * _norm_vectors(language)) + [hidden * qkv, queries // tensor * hidden]
-    shapes += [qkv] * int(language.qkv_bias)
+    shapes += [qkv] * int(language.qkv_bias) + [hidden] * int(language.attention_branch_norm)
     shapes += [language.kv_channels] * (2 * _norm_vectors(language) * int(language.qk_layernorm))
     if language.head_layernorm:
         shapes += [queries // tensor] * 2 + [language.num_query_groups * language.kv_channels // tensor] * 2
@@ -114,6 +114,13 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     shapes += [inner * hidden, ffn * hidden]
     expert = [hidden * qkv, queries // tensor * hidden, inner * hidden, ffn * hidden]
     return shapes + expert * int(language.visual_expert) + beside_parameters(language, tensor)
+
+
+@with_all_keys
+def norm_weights(language: DecoderConfig) -> list[int]:
+    """Return the elements of the weights of one layer's norms, which every rank holds whole."""
+    stream = language.pre_norms + language.post_norms + int(language.attention_branch_norm)
+    return [language.hidden_size] * stream + [language.kv_channels] * 2 * int(language.qk_layernorm)
 
 
 @with_all_keys
@@ -232,6 +239,8 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     stream = local * hidden
     # The norms keep their input, the plain RMSNorm in fp32; what they give goes into a linear layer, or into two.
     norms = (language.pre_norms + language.post_norms) * norm_kept(language, stream, kernels, learns=learns)
+    if language.attention_branch_norm:
+        norms += stream * (b if kernels.fused else 4 + b * int(learns))
     experts, inputs = language.num_moe_experts is not None, 0
     if experts:
         ffn = 0  # counted below
@@ -243,7 +252,8 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     projected = queries + 2 * keys
     gathered = _gathered_width(language, tp)
     # Of what ranks gather to share a key/value head the value is copied, unless a norm in fp32 holds on to all of it.
-    held_whole = bool(gathered) and language.qk_layernorm and not kernels.fused and b == 4
+    plain = language.normalization == "LayerNorm" and not kernels.fused  # it reads as it is, RMSNorm in fp32
+    held_whole = bool(gathered) and language.qk_layernorm and not kernels.fused and (b == 4 or plain)
     if gathered:
         projected = keys + gathered * int(held_whole)
     attention = tokens * (projected + queries + keys) * b
@@ -261,7 +271,10 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         read = queries * int(language.num_attention_heads != language.num_query_groups)
         scales = 8 * (queries + keys) // language.kv_channels  # mean and deviation of each head, in fp32
         attention += tokens * ((read + (queries + keys) * int(learns)) * b + scales)
-    if language.qk_layernorm:
+    if language.qk_layernorm and plain:  # keys are there already, and queries, unless several share a key
+        read = queries * int(language.num_attention_heads != language.num_query_groups)
+        attention += tokens * (read * b + 8 * (queries + keys) // language.kv_channels)
+    elif language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
         multiplied = 4 if language.layernorm_zero_centered_gamma else b
@@ -329,6 +342,12 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
         "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * _common_width(language) // tp,
     }  # fmt: skip
     kept = 0
+    if lora.train_norms and not kernels.fused:  # what weights of RMSNorm multiply
+        stream = language.pre_norms + language.post_norms if language.normalization == "RMSNorm" else 0
+        width = 4 if language.layernorm_zero_centered_gamma else b
+        kept += local * language.hidden_size * (stream * width + b * int(language.attention_branch_norm))
+        heads = (queries + keys) * int(language.qk_layernorm and language.normalization == "RMSNorm")
+        kept += tokens * heads * width
     if language.num_moe_experts is not None:  # of the copies of tokens
         copies, width = local * language.moe_router_topk * shards.expert_tensor, language.expert_width
         read = {EXPERT_LINEARS[0]: language.hidden_size, EXPERT_LINEARS[1]: width // shards.expert_tensor}
@@ -478,7 +497,7 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     ffn_each, queries_each, gates = _active_width(language) / tp, width / tp, _inner_width(language)
     sent = local * language.moe_router_topk * hidden * b if language.num_moe_experts is not None else 0
     # A norm reads and writes, a sum reads two and writes one.
-    stream = 2 * (language.pre_norms + language.post_norms) + 6
+    stream = 2 * (language.pre_norms + language.post_norms + int(language.attention_branch_norm)) + 6
     return LayerPassage(
         products=((queries + 2 * keys, hidden), (hidden, queries), (gates * ffn, hidden), (hidden, ffn)),
         heads=language.num_attention_heads,

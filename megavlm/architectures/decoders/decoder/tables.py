@@ -186,6 +186,48 @@ PHI_LANGUAGE = dataclasses.replace(
 )
 """Phi-1.5 and Phi-2."""
 
+_PHI_NORMS = tuple(
+    row(f"{ours}.weight", f"{theirs}.weight")
+    for ours, theirs in (
+        ("input_layernorm", "input_layernorm"),
+        ("self_attention.q_layernorm", "self_attn.q_layernorm"),
+        ("self_attention.k_layernorm", "self_attn.k_layernorm"),
+        ("self_attn_bda.norm", "post_layernorm"),
+    )
+)
+TINYGPT_V_LANGUAGE = dataclasses.replace(
+    PHI_LANGUAGE,
+    layer=(
+        *_PHI_NORMS,
+        *(row(f"{one.ours[0].removesuffix('weight')}bias", f"{one.theirs[0].removesuffix('weight')}bias")
+          for one in _PHI_NORMS[:3]),
+        *both("self_attention.linear_qkv", "self_attn.query_key_value"),  # [q, k, v] of each head, as here
+        *both("self_attention.linear_proj", "self_attn.dense"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+    ),
+)  # fmt: skip
+"""TinyGPT-V's Phi-2: queries, keys and values in one, and a norm behind attention."""
+
+TINYGPT_V_REST = dataclasses.replace(
+    TINYGPT_V_LANGUAGE,
+    layer=TINYGPT_V_LANGUAGE.layer[len(_PHI_NORMS) :],
+    rest=tuple(one for one in PHI_LANGUAGE.rest if one.ours[0] != "decoder.final_layernorm.weight"),
+    aside=(
+        *PHI_LANGUAGE.aside,
+        Aside(r"{model}(layers\.\d+\.(self_attn\.[qk]_layernorm|(input|post)_layernorm)|final_layernorm)\.weight",
+              "norms of Phi-2 before training", carried=True),
+    ),
+)  # fmt: skip
+TINYGPT_V_NORMS = Table(
+    part="language",
+    ours="decoder.layers.{}.",
+    theirs="{model}layers.{}.",
+    layer=_PHI_NORMS,
+    rest=(row("decoder.final_layernorm.weight", "{model}final_layernorm.weight"),),
+)
+"""The same in two files: what is frozen, and the weights of norms, which its code trains and saves apart."""
+
 INTERNLM2_LANGUAGE = Table(
     part="language",
     ours="decoder.layers.{}.",
@@ -306,6 +348,7 @@ _BY_NAMES = {
     "llama": LLAMA_LANGUAGE,
     "phi3": PHI3_LANGUAGE,
     "phi": PHI_LANGUAGE,
+    "phi_fused": TINYGPT_V_LANGUAGE,
     "internlm2": INTERNLM2_LANGUAGE,
     "glm": GLM_LANGUAGE,
 }
