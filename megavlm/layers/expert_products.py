@@ -121,7 +121,7 @@ def weight_gradient(weight: Any, grad: Tensor, inputs: Tensor) -> Tensor:
         return grad.t() @ inputs
     torch.addmm(weight.main_grad, grad.t(), inputs, out=weight.main_grad)
     weight.grad_added_to_main_grad = True
-    return weight.new_empty(weight.shape)  # type: ignore[no-any-return]
+    return weight.new_empty(weight.shape)
 
 
 def _has_buffer(weight: Any) -> bool:
@@ -134,7 +134,7 @@ def _nothing(weight: Any) -> Tensor:
     if not _has_buffer(weight):
         return torch.zeros_like(weight)
     weight.grad_added_to_main_grad = True
-    return weight.new_empty(weight.shape)  # type: ignore[no-any-return]
+    return weight.new_empty(weight.shape)
 
 
 def products(x_MH: Tensor, probs_M: Tensor, sizes: Sequence[int], first: list[Tensor], second: list[Tensor]) -> Tensor:
