@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from megavlm.config.architecture import MODELS
-from megavlm.families.presets_small import CLIP, SIGLIP
+from megavlm.families.presets_original import CLIP, SIGLIP
 
 _S2: dict[str, Any] = {**SIGLIP, "image_size": 1152, "s2_scales": [384, 768, 1152]}
 _EVA: dict[str, Any] = {"preset": "eva02_clip_l_14_336"}

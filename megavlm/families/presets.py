@@ -14,7 +14,7 @@ from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
 from megavlm.data.templates import find_template, is_checkpoint
-from megavlm.families import known, presets_glm, presets_small
+from megavlm.families import known, presets_glm, presets_original
 from megavlm.families.llava_like_presets import register_llava_like
 
 
@@ -466,7 +466,7 @@ def register() -> None:
     _register_qwen3_vl()
     presets_glm.register()
     _register_llava_onevision1_5()
-    presets_small.register()
+    presets_original.register()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
             qwen3, large = version == "3_5", size in ("38b", "78b", "241b_a28b")

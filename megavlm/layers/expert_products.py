@@ -50,10 +50,14 @@ class _Products(torch.autograd.Function):
         gate_MF, up_MF = both.chunk(2, dim=-1)
         for experts, rows in _blocks(sizes):
             parts = [sizes[number] for number in experts]
-            for number, x, here in zip(experts, x_MH[rows].split(parts), both[rows].split(parts), strict=True):
+            for number, x, here in zip(
+                experts, x_MH[rows].split_with_sizes(parts), both[rows].split_with_sizes(parts), strict=True
+            ):
                 torch.mm(x, weights[number].t(), out=here)
             inner = F.silu(gate_MF[rows]).mul_(up_MF[rows]).mul_(probs_M1[rows])
-            for number, x, out in zip(experts, inner.split(parts), out_MH[rows].split(parts), strict=True):
+            for number, x, out in zip(
+                experts, inner.split_with_sizes(parts), out_MH[rows].split_with_sizes(parts), strict=True
+            ):
                 torch.mm(x, weights[count + number].t(), out=out)
         trains = any(ctx.needs_input_grad[3:])  # else inputs are not needed any more
         ctx.save_for_backward(x_MH if trains else None, probs_M1, both, *weights)
@@ -73,9 +77,9 @@ class _Products(torch.autograd.Function):
         gate_MF, up_MF = both.chunk(2, dim=-1)
         for experts, rows in _blocks(sizes):
             parts, gate, up, probs = [sizes[number] for number in experts], gate_MF[rows], up_MF[rows], probs_M1[rows]
-            grad_out = grad_MH[rows].split(parts)
+            grad_out = grad_MH[rows].split_with_sizes(parts)
             grad_inner = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-            for number, grad, here in zip(experts, grad_out, grad_inner.split(parts), strict=True):
+            for number, grad, here in zip(experts, grad_out, grad_inner.split_with_sizes(parts), strict=True):
                 torch.mm(grad, weights[count + number], out=here)
             gated = F.silu(gate)
             inner = gated * up
@@ -88,12 +92,12 @@ class _Products(torch.autograd.Function):
             torch.mul(grad_inner, gated, out=grad_up)
             torch.mul(grad_inner, up, out=gated)
             torch.ops.aten.silu_backward.grad_input(gated, gate, grad_input=grad_gate)
-            for number, grad, x in zip(experts, grad_out, inner.split(parts), strict=True):
+            for number, grad, x in zip(experts, grad_out, inner.split_with_sizes(parts), strict=True):
                 if needs[count + number]:
                     grads[count + number] = weight_gradient(weights[count + number], grad, x)
-            inputs = grad_both.split(parts) if x_MH is None else x_MH[rows].split(parts)
-            outs = inputs if grad_x_MH is None else grad_x_MH[rows].split(parts)
-            for number, grad, x, out in zip(experts, grad_both.split(parts), inputs, outs, strict=True):
+            inputs = grad_both.split_with_sizes(parts) if x_MH is None else x_MH[rows].split_with_sizes(parts)
+            outs = inputs if grad_x_MH is None else grad_x_MH[rows].split_with_sizes(parts)
+            for number, grad, x, out in zip(experts, grad_both.split_with_sizes(parts), inputs, outs, strict=True):
                 if needs[number]:
                     grads[number] = weight_gradient(weights[number], grad, x)
                 if grad_x_MH is not None:
@@ -117,7 +121,7 @@ def weight_gradient(weight: Any, grad: Tensor, inputs: Tensor) -> Tensor:
         return grad.t() @ inputs
     torch.addmm(weight.main_grad, grad.t(), inputs, out=weight.main_grad)
     weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
+    return weight.new_empty(weight.shape)
 
 
 def _has_buffer(weight: Any) -> bool:
@@ -130,7 +134,7 @@ def _nothing(weight: Any) -> Tensor:
     if not _has_buffer(weight):
         return torch.zeros_like(weight)
     weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
+    return weight.new_empty(weight.shape)
 
 
 def products(x_MH: Tensor, probs_M: Tensor, sizes: Sequence[int], first: list[Tensor], second: list[Tensor]) -> Tensor:

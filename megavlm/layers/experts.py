@@ -172,11 +172,13 @@ class PackRouter(TopKRouter):
         best = self.score_function == "softmax" and self.config.moe_router_num_groups is None
         learns = self._learns(self.get_aux_loss_coeff("aux_loss"))
         with torch.set_grad_enabled(learns):  # else a figure alone
-            balance = self._balance_loss(logits, padding, tokens, chosen if best else None)
+            counts = chosen.sum(0)
+            balance = self._balance_loss(logits, padding, tokens, counts if best else None)
         if learns:
             loss = balance * self.config.moe_aux_loss_coeff * self.gradient_scale
             probs = MoEAuxLossAutoScaler.apply(probs, loss)
-        self._count(chosen, taken, balance, z)
+        dropped = counts.new_zeros(()) if taken is chosen else (chosen & ~taken).sum()
+        self._count(counts, dropped, balance, z)
         return probs, routing_map
 
     def _learns(self, coefficient: float | None) -> bool:
@@ -195,18 +197,19 @@ class PackRouter(TopKRouter):
         squares = torch.logsumexp(logits.float(), dim=-1).square().masked_fill(padding, 0)
         return squares.sum() / tokens
 
-    def _balance_loss(self, logits: Tensor, padding: Tensor, tokens: Tensor, chosen: Tensor | None) -> Tensor:
+    def _balance_loss(self, logits: Tensor, padding: Tensor, tokens: Tensor, counts: Tensor | None) -> Tensor:
         """Return this rank's part of X * sum over experts of (part of the tokens' choices) * (mean score).
 
-        ``chosen``, [N, X], are the choices where they are those of the best scores; None where they are not.
+        ``counts``, [X], are of the choices where they are those of the best scores; None where they are not.
         """
-        if chosen is None:
-            chosen, scores = compute_routing_scores_for_aux_loss(
+        if counts is None:
+            best, scores = compute_routing_scores_for_aux_loss(
                 logits, self.topk, self.score_function, padding_mask=padding
             )
+            counts = best.sum(0)
         else:
             scores = torch.softmax(logits.float(), dim=-1).masked_fill(padding[:, None], 0)
-        counts = chosen.sum(0).float()
+        counts = counts.float()
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(counts, group=self.tp_cp_group)
         return self.num_experts * (counts / (tokens * self.topk) * (scores.float().sum(0) / tokens)).sum()
@@ -226,10 +229,9 @@ class PackRouter(TopKRouter):
         return taken.chunk(group.size())[group.rank()]
 
     @torch.no_grad()
-    def _count(self, chosen: Tensor, taken: Tensor, balance: Tensor, z: Tensor) -> None:
-        dropped = (chosen & ~taken).sum()
+    def _count(self, counts: Tensor, dropped: Tensor, balance: Tensor, z: Tensor) -> None:
         rest = torch.stack([balance, z, dropped.float()])
-        tally = torch.cat([chosen.sum(0).double(), rest.double()])
+        tally = torch.cat([counts.double(), rest.double()])
         self.tally = tally if self.tally is None else self.tally + tally
 
 
@@ -331,7 +333,12 @@ def experts_mlp(*, transformer_engine: bool, linears: Mapping[str, Any] | None =
 
 
 def routers_of(model: nn.Module) -> Iterator[tuple[int, PackRouter]]:
-    """Yield number (from 0, in the whole model) and router of each layer of a chunk that has experts."""
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            yield module.layer_number - 1, module.router
+    """Yield number (from 0, in the whole model) and router of each layer of a chunk that has experts.
+
+    Experts themselves, thousands of modules, are not looked through: each step asks.
+    """
+    if isinstance(model, MoELayer):
+        yield model.layer_number - 1, model.router
+        return
+    for child in model.children():
+        yield from routers_of(child)

@@ -22,6 +22,48 @@ _plain_thd = rope_utils._apply_rotary_pos_emb_thd
 _rotate = jit_fuser(rope_utils._apply_rotary_pos_emb_bshd)
 
 
+class _Turned(torch.autograd.Function):
+    """Megatron-Core's unfused rotation of halves on a CPU, bit for bit.
+
+    Autograd pads and joins halves once more on the way back, a copy each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[..., D] to [..., D]; ``cos`` and ``sin`` are [..., D]."""
+        ctx.save_for_backward(cos, sin)
+        first, second = sin.chunk(2, dim=-1)
+        return _both_ways(t, cos, torch.cat((-first, second), dim=-1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of ``t``."""
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, dim=-1)
+        return _both_ways(grad, cos, torch.cat((second, -first), dim=-1)), None, None
+
+
+def _both_ways(t: Tensor, straight: Tensor, crosswise: Tensor) -> Tensor:
+    first, second = t.chunk(2, dim=-1)
+    return (t * straight).add_(torch.cat((second, first), dim=-1).mul_(crosswise))
+
+
+def _turned(
+    t: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+) -> Tensor:
+    """Turn ``t`` [..., D] by ``freqs`` [..., R], R <= D, as Megatron-Core's ``_apply_rotary_pos_emb_bshd`` does."""
+    whole = t.size(-1) == freqs.size(-1)
+    if t.device.type != "cpu" or rotary_interleaved or multi_latent_attention or not whole:
+        return cast(Tensor, _rotate(t, freqs, rotary_interleaved, multi_latent_attention, mscale))
+    cos, sin = ((one * mscale).to(t.dtype) for one in (torch.cos(freqs), torch.sin(freqs)))
+    return cast(Tensor, _Turned.apply(t, cos, sin))
+
+
 class PackRotary(RotaryEmbedding):
     """Megatron-Core's rotary embedding, which takes the positions of a pack where its maker told them.
 
@@ -142,7 +184,7 @@ def _apply_thd(t_TND: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **k
     if freqs.size(0) != t_TND.size(0):
         return cast(Tensor, _plain_thd(t_TND, cu_seqlens, freqs, *args, **kwargs))
     kwargs.pop("cp_group", None)
-    return cast(Tensor, _rotate(t_TND.unsqueeze(1), freqs, *args, **kwargs)).squeeze(1)
+    return _turned(t_TND.unsqueeze(1), freqs, *args, **kwargs).squeeze(1)
 
 
 rope_utils._apply_rotary_pos_emb_thd = _apply_thd

@@ -170,6 +170,8 @@ def _update(optimizer: MegatronOptimizer, result: StepResult) -> StepResult:
     if not math.isfinite(norm):
         return replace(result, grad_norm=norm, skipped="the gradient is not finite")
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if norm + 1e-6 <= one.config.clip_grad:  # by which it would multiply nothing, having looked at all of them
+            continue
         parameters = [] if getattr(one, "is_stub_optimizer", False) else one.get_parameters()
         if parameters and one.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=one.config.clip_grad, total_norm=norm)

@@ -253,15 +253,17 @@ def trained(recipe: dict[str, Any], steps: int = 2) -> tuple[TrainingModel, Any]
     return training, tree
 
 
-def step_while_claims_are_taken(recipe: dict[str, Any], root: str) -> tuple[bool, list[str]]:
-    """Take a step right after an asynchronous save whose claims are slow; return whether it waited, and what is there.
+def step_while_claims_are_taken(recipe: dict[str, Any], root: str) -> tuple[list[bool], list[str]]:
+    """Take steps behind an asynchronous save; return whether each update found the claims taken, and what is there.
 
-    The claims are of what was saved, so the update must wait for them.
+    The claims are of what was saved, so the update must wait for them: they are taken once it has begun.
     """
-    taken, original = threading.Event(), proof.Witness.testify
+    begun, taken, original = threading.Event(), threading.Event(), proof.Witness.testify
+    found_taken: list[bool] = []
 
     def testify(witness: proof.Witness) -> proof.Proof:
-        time.sleep(1.5)
+        assert begun.wait(600), "no update begins"
+        time.sleep(0.2)  # in which an update that does not wait would be through
         found = original(witness)
         taken.set()
         return found
@@ -269,16 +271,20 @@ def step_while_claims_are_taken(recipe: dict[str, Any], root: str) -> tuple[bool
     tree = tiny_recipe(**recipe)
     with process_groups(tree.parallel, 1):
         training, _ = trained(recipe)
+        inner = [one.optimizer for one in getattr(training.optimizer, "chained_optimizers", [training.optimizer])]
+        for one in inner:  # hooks are called in the order in which they were given: here, the save's, the last
+            one.register_step_pre_hook(lambda *_: begun.set())
         keeper = Saver(Path(root), keep=9, asynchronous=True)
         with mock.patch.object(proof.Witness, "testify", testify), training.settled():
             keeper.save(State(training.modules, training.optimizer, training.scheduler, run={"step": 2}))
+            for one in inner:
+                one.register_step_pre_hook(lambda *_: found_taken.append(taken.is_set()))
             (pack, pixels), *_ = random_packs(1)
             batch = make_batch(pack, torch.from_numpy(pixels), local_device())
             train_step(training.chunks, training.optimizer, [batch], num_sources=1)
-            waited = taken.is_set()
             keeper.finish()
             train_step(training.chunks, training.optimizer, [batch], num_sources=1)  # waits for nobody any more
-    return waited, sorted(path.name for path in Path(root).iterdir())
+    return found_taken, sorted(path.name for path in Path(root).iterdir())
 
 
 def faults(recipe: dict[str, Any], root: str, names: list[str], *, asynchronous: bool = False) -> dict[str, str]:

@@ -33,6 +33,20 @@ def test_rms_norm_normalises_in_fp32_and_casts_before_the_weight(dtype: torch.dt
     assert made.bias is None
 
 
+@pytest.mark.parametrize("frozen", ["", "weight", "x"])
+def test_gradients_of_rms_norm_in_fp32_are_torchs_bit_for_bit(frozen: str) -> None:
+    made = norm("RMSNorm")
+    x, outer = torch.randn(2, 33, 3, 64, generator=torch.Generator().manual_seed(1))
+    leaves = [one.requires_grad_(frozen != name) for name, one in {"x": x, "weight": made.weight}.items()]
+    # Beside the norm: where there are three gradients to be summed, their order matters.
+    plain = torch.nn.functional.rms_norm(x, (64,), None, 1e-6) * made.weight + x
+    got = made(x) + x
+    assert torch.equal(got, plain)
+    asked = [one for one in leaves if one.requires_grad]
+    pairs = zip(torch.autograd.grad(got, asked, outer), torch.autograd.grad(plain, asked, outer), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_layer_norm() -> None:
     made = norm("LayerNorm")
     x = torch.randn(3, 5, 64) * 4 + 1

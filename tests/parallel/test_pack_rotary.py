@@ -35,14 +35,16 @@ def test_angles_and_rotation_are_megatrons(lengths, more):
     freqs = ours(ours.get_rotary_seq_len(None, None, None, None, packed))
     table = plain(plain.get_rotary_seq_len(None, None, None, None, packed))
     assert torch.equal(freqs, table[positions])
-    t_TND = torch.randn(32, 3, 16)
+    t_TND, outer_TND = torch.randn(2, 32, 3, 16)
+    t_TND.requires_grad_()
     from megatron.core import parallel_state as mpu
 
     group = mpu.get_context_parallel_group()
     expected = rotary._plain_thd(t_TND, packed.cu_seqlens_q, table, cp_group=group)
-    assert torch.equal(
-        rope_utils._apply_rotary_pos_emb_thd(t_TND, packed.cu_seqlens_q, freqs, cp_group=group), expected
-    )
+    turned = rope_utils._apply_rotary_pos_emb_thd(t_TND, packed.cu_seqlens_q, freqs, cp_group=group)
+    assert torch.equal(turned, expected)
+    (got,), (wanted,) = (torch.autograd.grad(one, t_TND, outer_TND) for one in (turned, expected))
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

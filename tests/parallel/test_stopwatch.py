@@ -6,16 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, Work
 
+from megavlm.parallel import stopwatch
 from megavlm.parallel.device import has_cuda, local_device, peak_memory_gib
-from megavlm.parallel.stopwatch import BACKWARD, FINISH, FORWARD, SCHEDULE, Stopwatch
-
-NAP = 0.02
+from megavlm.parallel.stopwatch import BACKWARD, FINISH, FORWARD, SCHEDULE, StepTimes, Stopwatch
 
 
 @pytest.fixture
@@ -26,21 +26,29 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def reduce_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make waiting take a while, as it does where others are late."""
-    plain = Work.wait
-    monkeypatch.setattr(Work, "wait", lambda self, *args: (time.sleep(NAP), plain(self, *args))[1])
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands still but for a second in each wait, and where a test moves it."""
+    now, plain = [0.0], Work.wait
+
+    def wait(self: Work, *args: Any) -> Any:
+        now[0] += 1
+        return plain(self, *args)
+
+    monkeypatch.setattr(Work, "wait", wait)
+    monkeypatch.setattr(stopwatch._Clock, "now", lambda self: now[0])
+    monkeypatch.setattr(stopwatch._Clock, "between", lambda self, begin, end: end - begin)
+    return now
 
 
 def reduce() -> None:
     dist.all_reduce(torch.ones(4))
 
 
-def test_waits_count_where_they_happen(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    reduce_slowly(monkeypatch)
+def test_waits_count_where_they_happen(alone: None, ticks: list[float]) -> None:
     slow_wait, config = vars(Work)["wait"], SimpleNamespace(timers=None)
     watch = Stopwatch([config])
-    for _ in range(2):  # a second step begins from nothing: its parts are no longer than it
+    for _ in range(2):  # a second step begins from nothing
         watch.start()
         reduce()  # handing out the data
         watch.fetched()
@@ -52,7 +60,7 @@ def test_waits_count_where_they_happen(alone: None, monkeypatch: pytest.MonkeyPa
             timers(FORWARD).stop()
         reduce()
         timers(BACKWARD, log_level=2).start()
-        time.sleep(NAP)
+        ticks[0] += 10
         timers(BACKWARD).stop()
         timers(FINISH, log_level=1).start(barrier=True)
         reduce()
@@ -60,17 +68,14 @@ def test_waits_count_where_they_happen(alone: None, monkeypatch: pytest.MonkeyPa
         timers(SCHEDULE).stop()
         reduce()
         times = watch.stop(lambda: None)
-        assert times is not None
-        assert times.data >= NAP and times.forward >= 2 * NAP and times.backward >= NAP
-        assert 2 * NAP <= times.waiting_in_compute <= times.forward
-        assert times.waiting_between >= NAP and times.waiting_between + times.forward + times.backward <= times.schedule
-        assert 2 * NAP <= times.waiting_after <= times.update
-        assert times.data + times.schedule + times.update <= times.step
+        assert times == StepTimes(
+            step=16, data=1, schedule=13, update=2, forward=2, backward=10,
+            waiting_in_compute=2, waiting_between=1, waiting_after=2,
+        )  # fmt: skip
     assert config.timers is None and vars(Work)["wait"] is slow_wait
 
 
-def test_other_threads_are_not_the_step(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    reduce_slowly(monkeypatch)
+def test_other_threads_are_not_the_step(alone: None, ticks: list[float]) -> None:
     watch = Stopwatch([])
     watch.start()
     watch.fetched()
@@ -82,7 +87,7 @@ def test_other_threads_are_not_the_step(alone: None, monkeypatch: pytest.MonkeyP
     watch(FINISH).stop()
     watch(SCHEDULE).stop()
     times = watch.stop(lambda: None)
-    assert times is not None and times.waiting_between == 0.0 and times.schedule >= NAP
+    assert times is not None and times.waiting_between == 0.0 and times.schedule == 1
 
 
 def test_a_step_that_breaks_off_has_no_times_and_leaves_nothing_behind() -> None:

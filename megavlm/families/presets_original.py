@@ -1,4 +1,4 @@
-"""Presets of small systems on CLIP or SigLIP whose layouts are their own; the others: :mod:`megavlm.families.presets`.
+"""Presets of families whose checkpoints are in their authors' own layouts; the others: :mod:`megavlm.families.presets`.
 
 Names as their authors have them, sizes from the public ``config.json`` files.
 """
