@@ -1,6 +1,7 @@
 """Short checks on a GPU: does megavlm train there, in which precision, with which kernels, and how fast.
 
-Every job runs in its own process, so that one failure does not hide the others; all together end within ``--limit``.
+Jobs of a part share a process, since importing and compiling is most of one; a job that fails there is tried again in a
+process of its own, so that no failure hides another. All together end within ``--limit``, in the order of their worth.
 The table goes to the screen and to ``--out``, and the same with all figures to a JSON file beside it. Exit code 0: all
 rows that could run are ok; 1: one failed; 2: there is nothing to check here.
 """
@@ -11,10 +12,11 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_families import SLICES
 from gpu_runner import ROOT, Job, Outcome, Row, Runner, as_json, environment, installed, markdown
 
 NEEDED = ("torch", "megatron.core", "pydantic", "numpy", "PIL")
@@ -115,8 +117,8 @@ def _attention(name: str, outcome: Outcome) -> Row:
 
 def parity(run: Runner, *, dry: bool) -> Iterator[Row]:
     """Hold this device's numbers against the CPU's, and bf16 against fp32; torch layers."""
-    fp32 = run("small model, fp32, torch layers", _training("small", "fp32", "torch", dry=dry))
     cpu = run("small model, fp32, CPU", {**_training("small", "fp32", "torch", dry=dry), "device": "cpu"})
+    fp32 = run("small model, fp32, torch layers", _training("small", "fp32", "torch", dry=dry))
     yield _compared("fp32, torch layers: this device against the CPU", fp32, cpu, 1e-4)
     bf16 = run(BF16, _training("small", "bf16", "torch", dry=dry))
     yield _compared("bf16 against fp32, torch layers", bf16, fp32, 5e-3, steps=1)
@@ -140,6 +142,48 @@ def engine(run: Runner, missing: str, *, dry: bool) -> Iterator[Row]:
         # With delayed scaling the first step computes at scale 1; two steps of all are compared.
         job = _training("small", "bf16", ENGINE, dry=dry, engine={"fp8": "hybrid", "fp8_recipe": scaling})
         yield _compared(name, run(f"small model, FP8 {scaling}", job), plain, 5e-2, steps=2)
+
+
+def families(run: Runner, memory_gib: float, *, dry: bool) -> Iterator[Row]:
+    """Time slices of families of other kinds: native pictures, experts, cross-attention, two kinds of weights, prefix.
+
+    And Mamba, with its scan by torch held against its own kernel where that is installed.
+    """
+    jobs = family_jobs(memory_gib, dry=dry)
+    for kind, one in SLICES.items():
+        if kind not in jobs:
+            yield Row(one.title, "not run", f"does not fit into {memory_gib:.0f} GiB of GPU memory")
+            continue
+        yield from _timed(one.title, run(one.title, jobs[kind]), goal=None)
+    yield _scan(run("Mamba's scan", jobs["scan"]))
+
+
+def family_jobs(memory_gib: float, *, dry: bool) -> dict[str, Job]:
+    """Return the jobs of :func:`families` by kind; those that fit."""
+    found: dict[str, Job] = {}
+    for kind, one in SLICES.items():
+        layers = 4 if dry else one.layers(memory_gib)
+        if not layers:
+            continue
+        job = {"kind": "train", "size": "small" if dry else "slice", "slice": kind, "small": dry, "layers": layers}
+        job |= {"precision": "bf16", "impl": "torch", "steps": 3 if dry else 10, "warmup": 1 if dry else 4}
+        found[kind] = {**job, "freeze_vision": True, "own_weights": True}
+    return {**found, "scan": {"kind": "scan", "small": dry}}
+
+
+def _scan(outcome: Outcome) -> Row:
+    name = "Mamba's convolution and scan of a pack, forward and backward"
+    if outcome.result is None:
+        return _unless_run(name, outcome) or Row(name, "failed", "")
+    r = outcome.result
+    if "kernel_ms" not in r:
+        return Row(name, "ok", f"torch {r['torch_ms']:.1f} ms; mamba-ssm and causal-conv1d are not installed", r)
+    good = r["output"] <= ATTENTION_LIMIT and r["gradient"] <= ATTENTION_LIMIT  # not so for NaN
+    told = (
+        f"torch {r['torch_ms']:.1f} ms, mamba-ssm {r['kernel_ms']:.1f} ms; relative difference of outputs "
+        f"{r['output']:.1e}, of gradients {r['gradient']:.1e} (limit {ATTENTION_LIMIT})"
+    )
+    return Row(name, "ok" if good else "failed", told, r)
 
 
 def slice_layers(memory_gib: float) -> int:
@@ -182,21 +226,21 @@ def speed(run: Runner, missing: str, memory_gib: float, *, dry: bool) -> Iterato
         yield _ratio("FP8 against BF16, tokens/s", done["FP8 (tensorwise)"], done["BF16"])
 
 
-def _timed(name: str, outcome: Outcome) -> list[Row]:
-    """The rows of a timed job: its speed, and what the planner had said."""
+def _timed(name: str, outcome: Outcome, goal: float | None = GOAL_MFU) -> list[Row]:
+    """The rows of a timed job: its speed, and what the planner had said; None where no goal was set."""
     row = _one(name, outcome, _speed)
     result = outcome.result
     if result is None:
         return [row]
-    if result["mfu"] is not None:
-        goal = GOAL_MFU_TORCH if "torch layers" in name else GOAL_MFU
+    if result["mfu"] is not None and goal is not None:
+        goal = GOAL_MFU_TORCH if "torch layers" in name else goal
         row.detail += f"; goal {goal:.0%} MFU: {'reached' if result['mfu'] >= goal else 'missed'}"
     told = [
         _against("memory, GiB", result["predicted_gib"], result["peak_gib"], MEMORY_WITHIN),
         _against("step, ms", result["predicted_step_ms"], result["step_ms"], TIME_WITHIN),
     ]
     rows = [row, Row(f"{name}: the planner's prediction", "ok", "; ".join(told))]
-    if "mixes" in result:
+    if "unseen_ms" in result:
         rows.append(_unseen(name, result))
         rows += [_mix(f"{name}, {mix}", figures) for mix, figures in result["mixes"].items()]
     return rows
@@ -308,6 +352,7 @@ LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("TP 2", 2, {"tensor_model_parallel_size": 2}),
     ("PP 2", 2, {"pipeline_model_parallel_size": 2}),
     ("CP 2", 2, {"context_parallel_size": 2}),
+    ("CP 4", 4, {"context_parallel_size": 4}),
     ("PP 2 x VPP 2", 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     ("DP 2", 2, {"overlap_grad_reduce": False, "overlap_param_gather": False}),
     ("DP 2, overlapped", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
@@ -324,10 +369,19 @@ LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
 )
 
 
+EXPERT_LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("EP 2", 2, {"expert_model_parallel_size": 2}),
+    ("EP 2 x TP 2 + SP", 4, {
+        "expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
+    }),
+    ("EP 4 x PP 2", 8, {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2}),
+)  # fmt: skip
+
+
 def layouts(run: Runner, gpus: int, *, dry: bool) -> Iterator[Row]:
     """Hold layouts over several GPUs against one."""
     with tempfile.TemporaryDirectory() as folder:
-        yield from _layouts(run, gpus, Path(folder) / "step-00000000", dry=dry)
+        yield from _layouts(run, gpus, Path(folder) / "dense" / "step-00000000", dry=dry)
 
 
 def _layouts(run: Runner, gpus: int, weights: Path, *, dry: bool) -> Iterator[Row]:
@@ -340,9 +394,32 @@ def _layouts(run: Runner, gpus: int, weights: Path, *, dry: bool) -> Iterator[Ro
             continue
         job = _training("small", "fp32", "torch", dry=dry, parallel=parallel, ranks=ranks, **more)
         yield _compared(label, run(name, job), one, 1e-4)
+    # Experts: their weights are in other places, so they begin with a checkpoint of their own.
+    own = family_jobs(0.0, dry=True)["experts"]
+    own |= {"precision": "fp32", "own_weights": False, "weights": str(weights.parent.parent / "experts" / weights.name)}
+    alone = run("one process, experts", own)
+    for name, ranks, parallel in EXPERT_LAYOUTS:
+        label = f"experts, {name} against one GPU"
+        if ranks > gpus:
+            yield Row(label, "not run", f"needs {ranks} GPUs; make gpu-check GPUS={ranks}")
+            continue
+        yield _compared(label, run(f"experts, {name}", {**own, "parallel": parallel, "ranks": ranks}), alone, 1e-4)
 
 
-PARTS = ("rates", "attention", "parity", "engine", "slice", "decoders", "save", "layouts")
+PARTS = ("attention", "parity", "slice", "engine", "families", "rates", "save", "decoders", "layouts")
+"""By their worth: what may run out of time comes last."""
+
+
+def shared_processes(missing: str, memory_gib: float, *, dry: bool) -> dict[str, list[Job]]:
+    """Return jobs that share a process, by part, in the order in which their rows are written."""
+    small = [_training("small", precision, "torch", dry=dry) for precision in ("fp32", "bf16")]
+    found = {"attention": [{"kind": "attention", "impl": "torch"}], "parity": small, "engine": []}
+    if not missing:
+        scalings = [{"fp8": "hybrid", "fp8_recipe": scaling} for scaling in SCALINGS]
+        found["engine"] = [{"kind": "attention", "impl": ENGINE}, _training("small", "bf16", ENGINE, dry=dry)]
+        found["engine"] += [_training("small", "bf16", ENGINE, dry=dry, engine=engine) for engine in scalings]
+    found["families"] = list(family_jobs(memory_gib, dry=dry).values())
+    return found
 
 
 def check(run: Runner, *, dry: bool, gpus: int = 1, only: Sequence[str] = PARTS) -> Iterator[Row]:
@@ -356,22 +433,29 @@ def check(run: Runner, *, dry: bool, gpus: int = 1, only: Sequence[str] = PARTS)
         memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         if not installed(ENGINE):
             missing = "transformer-engine is not installed"
-    if "rates" in only:
-        yield rates(run, dry=dry)
-    if "attention" in only:
-        yield _attention("bf16 attention, torch", run("attention, torch", {"kind": "attention", "impl": "torch"}))
-    if "parity" in only:
-        yield from parity(run, dry=dry)
-    if "engine" in only:
-        yield from engine(run, missing, dry=dry)
-    if "slice" in only:
-        yield from speed(run, missing, memory_gib, dry=dry)
-    if "decoders" in only:
-        yield from decoders(run, dry=dry)
-    if "save" in only:
-        yield save(run, dry=dry)
-    if "layouts" in only:
-        yield from layouts(run, gpus, dry=dry)
+    shared = shared_processes(missing, memory_gib, dry=dry)
+    run.together([job for part in ("attention", "parity") if part in only for job in shared[part]])
+    for part in ("engine", "families"):
+        run.together(shared[part])
+    rows: dict[str, Callable[[], Iterable[Row]]] = {
+        "attention": lambda: [
+            _attention("bf16 attention, torch", run("attention, torch", {"kind": "attention", "impl": "torch"}))
+        ],
+        "parity": lambda: parity(run, dry=dry),
+        "slice": lambda: speed(run, missing, memory_gib, dry=dry),
+        "engine": lambda: engine(run, missing, dry=dry),
+        "families": lambda: families(run, memory_gib, dry=dry),
+        "rates": lambda: [rates(run, dry=dry)],
+        "save": lambda: [save(run, dry=dry)],
+        "decoders": lambda: decoders(run, dry=dry),
+        "layouts": lambda: layouts(run, gpus, dry=dry),
+    }
+    try:
+        for part in PARTS:
+            if part in only:
+                yield from rows[part]()
+    finally:
+        run.close()
 
 
 def main() -> int:

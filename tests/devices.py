@@ -141,6 +141,8 @@ class _Requests(TorchFunctionMode):
         if kwargs.get("device") is not None and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = DEVICE
         result = func(*args, **kwargs)
+        if func is torch._C._nn.pad_sequence and any(self.memory.has(one) for one in args[0]):
+            self.memory.add(result)  # which C++ makes on the CPU, and then copies into
         if kwargs.get("device") is not None and _plain(result):  # torch.tensor makes it without an operation
             (self.memory.add if _is_device(kwargs["device"]) else self.memory.drop)(result)
         return result
