@@ -142,7 +142,7 @@ def _one(q: Any, k: Any, v: Any, causal: bool, spans: Sequence[tuple[int, int]] 
     if causal:
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         for a, b in spans:
-            if 0 <= a and b <= len(hidden):
+            if a >= 0 and b <= len(hidden):
                 hidden[a:b, a:b] = False
         scores = scores.masked_fill(hidden, float("-inf"))
     return torch.einsum("nst,tnd->snd", scores.softmax(-1), v).flatten(1)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_families import SLICES
+from gpu_rows import _attention, _compared, _one, _scan, _speed, _unless_run
 from gpu_runner import ROOT, Job, Outcome, Row, Runner, as_json, environment, installed, markdown
 
 NEEDED = ("torch", "megatron.core", "pydantic", "numpy", "PIL")
@@ -24,8 +25,6 @@ SCALINGS = ("tensorwise", "delayed", "blockwise", "mxfp8")
 GOAL_MFU, GOAL_MFU_TORCH, GOAL_FP8, GOAL_STALL = 0.50, 0.45, 1.4, 1.5
 UNSEEN_WITHIN = 0.03
 MEMORY_WITHIN, TIME_WITHIN = 0.10, 0.15
-ATTENTION_LIMIT = 0.02
-"""Of bf16 attention against fp32, relative to the largest value: some three of its roundings."""
 ENGINE = "transformer_engine"
 
 
@@ -41,78 +40,6 @@ def _training(size: str, precision: str, impl: str, *, dry: bool, **more: Any) -
         "warmup": warmup,
         **more,
     }
-
-
-def _speed(result: dict[str, Any]) -> str:
-    parts = [
-        f"{result['parameters'] / 1e6:,.0f} M parameters, {result['layers']} language layers",
-        f"step {result['step_ms']:.1f} ms",
-        f"{result['tokens_per_s']:,.0f} tokens/s",
-        f"{result['images_per_s']:,.1f} images/s",
-        f"{result['model_tflops']:.1f} model TFLOP/s",
-    ]
-    if result["mfu"] is not None:
-        parts.append(f"MFU {result['mfu']:.1%} of the bf16 peak")
-    if result["mfu_fp8_peak"] is not None:
-        parts.append(f"{result['mfu_fp8_peak']:.1%} of the FP8 peak")
-    return ", ".join([*parts, f"loss {result['losses'][0]:.4f} to {result['losses'][-1]:.4f}"])
-
-
-def _finite(result: dict[str, Any]) -> bool:
-    values = [*result["losses"], *result["grad_norms"]]
-    return all(value is not None and abs(value) < 1e6 for value in values)  # false for NaN
-
-
-def _unless_run(name: str, *outcomes: Outcome) -> Row | None:
-    """Return the row that says why there is no result, or None."""
-    for outcome in outcomes:
-        if outcome.result is None:
-            return Row(name, "not run" if outcome.skipped else "failed", outcome.error)
-    return None
-
-
-def _one(name: str, outcome: Outcome, describe: Callable[[dict[str, Any]], str]) -> Row:
-    if outcome.result is None:
-        return _unless_run(name, outcome) or Row(name, "failed", "")
-    return Row(name, "ok" if _finite(outcome.result) else "failed", describe(outcome.result), outcome.result)
-
-
-def _compared(name: str, ours: Outcome, theirs: Outcome, limit: float, steps: int | None = None) -> Row:
-    """A row that holds losses and gradient norms of two runs from the same weights against each other.
-
-    Only the first ``steps`` count: bf16 weights do not move for some steps where fp32 ones do, since the first
-    updates are smaller than what their rounding hides.
-    """
-    missing = _unless_run(name, ours, theirs)
-    if missing is not None:
-        return missing
-    assert ours.result is not None and theirs.result is not None
-    apart = {}
-    for key in ("losses", "grad_norms"):
-        pairs = list(zip(ours.result[key], theirs.result[key], strict=True))[:steps]
-        apart[key] = max(abs(a - b) / abs(b) for a, b in pairs)
-    # A norm is less exact than a loss, and shows more: it reaches every weight.
-    ok = _finite(ours.result) and _finite(theirs.result)
-    ok = ok and apart["losses"] <= limit and apart["grad_norms"] <= 10 * limit
-    text = (
-        f"{len(pairs)} step(s), relative difference of losses up to {apart['losses']:.1e} (limit "
-        f"{limit:.0e}), of gradient norms {apart['grad_norms']:.1e} (limit {10 * limit:.0e}), "
-        f"first loss {ours.result['losses'][0]:.4f}"
-    )
-    return Row(name, "ok" if ok else "failed", text, apart)
-
-
-def _attention(name: str, outcome: Outcome) -> Row:
-    """A row that holds every case of attention against fp32."""
-    if outcome.result is None:
-        return _unless_run(name, outcome) or Row(name, "failed", "")
-    cases = outcome.result["cases"]
-    failed = {name: case["error"] for name, case in cases.items() if "error" in case}
-    figures = {name: max(case.values()) for name, case in cases.items() if name not in failed}
-    told = ", ".join([*(f"{case} {value:.1e}" for case, value in figures.items()), *map(": ".join, failed.items())])
-    good = not failed and all(value <= ATTENTION_LIMIT for value in figures.values())  # not so for NaN
-    status = "ok" if good else "failed"
-    return Row(name, status, f"relative difference of outputs and gradients: {told} (limit {ATTENTION_LIMIT})", cases)
 
 
 def parity(run: Runner, *, dry: bool) -> Iterator[Row]:
@@ -171,21 +98,6 @@ def family_jobs(memory_gib: float, *, dry: bool) -> dict[str, Job]:
     return {**found, "scan": {"kind": "scan", "small": dry}}
 
 
-def _scan(outcome: Outcome) -> Row:
-    name = "Mamba's convolution and scan of a pack, forward and backward"
-    if outcome.result is None:
-        return _unless_run(name, outcome) or Row(name, "failed", "")
-    r = outcome.result
-    if "kernel_ms" not in r:
-        return Row(name, "ok", f"torch {r['torch_ms']:.1f} ms; mamba-ssm and causal-conv1d are not installed", r)
-    good = r["output"] <= ATTENTION_LIMIT and r["gradient"] <= ATTENTION_LIMIT  # not so for NaN
-    told = (
-        f"torch {r['torch_ms']:.1f} ms, mamba-ssm {r['kernel_ms']:.1f} ms; relative difference of outputs "
-        f"{r['output']:.1e}, of gradients {r['gradient']:.1e} (limit {ATTENTION_LIMIT})"
-    )
-    return Row(name, "ok" if good else "failed", told, r)
-
-
 def slice_layers(memory_gib: float) -> int:
     """Return how many of the 14B's 40 language layers fit beside the frozen tower, with their optimizer.
 
@@ -211,19 +123,27 @@ def speed(run: Runner, missing: str, memory_gib: float, *, dry: bool) -> Iterato
         why = f"needs some 26 GiB of GPU memory, here are {memory_gib:.0f}"
         yield from (Row(f"{label}, {kind}", "not run", why) for kind in ("BF16, torch layers", *ENGINES))
         return
-    own = {"layers": layers, "freeze_vision": True, "own_weights": True}
-    done = {}
-    for kind, engine in ENGINES.items():
+    jobs, done = slice_jobs(layers, missing, dry=dry), {}
+    yield from _timed(torch_name, run(torch_name, jobs["torch"]))
+    for kind in ENGINES:
         name = f"{label}, {kind}"
         if missing:
             yield Row(name, "not run", missing)
             continue
-        more = {"more": True} if kind != "FP8 (delayed)" else {}
-        done[kind] = run(name, _training("slice", "bf16", ENGINE, dry=dry, engine=engine, **more, **own))
+        done[kind] = run(name, jobs[kind])
         yield from _timed(name, done[kind])
-    yield from _timed(torch_name, run(torch_name, _training("slice", "bf16", "torch", dry=dry, more=True, **own)))
     if "BF16" in done:
         yield _ratio("FP8 against BF16, tokens/s", done["FP8 (tensorwise)"], done["BF16"])
+
+
+def slice_jobs(layers: int, missing: str, *, dry: bool) -> dict[str, Job]:
+    """Return the jobs of :func:`speed` in their order, by engine; those that can run."""
+    own = {"layers": layers, "freeze_vision": True, "own_weights": True}
+    found = {"torch": _training("slice", "bf16", "torch", dry=dry, more=True, **own)}
+    for kind, engine in ENGINES.items() if not missing else ():
+        more = {"more": True} if kind != "FP8 (delayed)" else {}
+        found[kind] = _training("slice", "bf16", ENGINE, dry=dry, engine=engine, **more, **own)
+    return found
 
 
 def _timed(name: str, outcome: Outcome, goal: float | None = GOAL_MFU) -> list[Row]:
@@ -239,6 +159,7 @@ def _timed(name: str, outcome: Outcome, goal: float | None = GOAL_MFU) -> list[R
         _against("memory, GiB", result["predicted_gib"], result["peak_gib"], MEMORY_WITHIN),
         _against("step, ms", result["predicted_step_ms"], result["step_ms"], TIME_WITHIN),
     ]
+    told += [result["unpredicted"].replace("|", "/")] if "unpredicted" in result else []
     rows = [row, Row(f"{name}: the planner's prediction", "ok", "; ".join(told))]
     if "unseen_ms" in result:
         rows.append(_unseen(name, result))
@@ -418,6 +339,8 @@ def shared_processes(missing: str, memory_gib: float, *, dry: bool) -> dict[str,
         scalings = [{"fp8": "hybrid", "fp8_recipe": scaling} for scaling in SCALINGS]
         found["engine"] = [{"kind": "attention", "impl": ENGINE}, _training("small", "bf16", ENGINE, dry=dry)]
         found["engine"] += [_training("small", "bf16", ENGINE, dry=dry, engine=engine) for engine in scalings]
+    layers = 4 if dry else slice_layers(memory_gib)
+    found["slice"] = list(slice_jobs(layers, missing, dry=dry).values()) if layers else []
     found["families"] = list(family_jobs(memory_gib, dry=dry).values())
     return found
 
@@ -435,7 +358,7 @@ def check(run: Runner, *, dry: bool, gpus: int = 1, only: Sequence[str] = PARTS)
             missing = "transformer-engine is not installed"
     shared = shared_processes(missing, memory_gib, dry=dry)
     run.together([job for part in ("attention", "parity") if part in only for job in shared[part]])
-    for part in ("engine", "families"):
+    for part in ("slice", "engine", "families"):
         run.together(shared[part])
     rows: dict[str, Callable[[], Iterable[Row]]] = {
         "attention": lambda: [

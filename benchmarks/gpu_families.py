@@ -153,7 +153,7 @@ def family_batches(recipe: Recipe, job: dict[str, Any], image_token: int, *, ste
 
     plan, room = plan_of(recipe.model), recipe.data.sequence_length
     own, spans = positions_of(recipe.model, image_token), spans_of(recipe.model, image_token)
-    rng, words = np.random.default_rng(seed), (4, 16) if job.get("small") else SLICES[job["slice"]].words
+    rng, words = np.random.default_rng(seed), (24, 48) if job.get("small") else SLICES[job["slice"]].words
     sizes = SLICES[job["slice"]].pictures
     if job.get("small"):
         sizes = tuple((width // 14, height // 14) for width, height in sizes)

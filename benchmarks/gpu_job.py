@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from gpu_families import family_batches, scan, size_of
 
 from megavlm.config.errors import RecipeError
@@ -183,6 +182,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     check_recipe(recipe, job.get("ranks", 1))
     check_machine(recipe, this_machine())
     image_token = recipe.model.language.vocab_size - 1
+    before = 0.0  # what an earlier job of this process left
+    if has_cuda():
+        before = torch.cuda.memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
     with process_groups(recipe.parallel, recipe.training.seed):
         training = build_training(recipe, image_token)
         if job.get("own_weights"):
@@ -235,7 +238,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "images_per_s": counts["images"] / step,
         "images_per_step": counts["images"],
         **_use(recipe, counts, step),
-        "peak_gib": peak,
+        "peak_gib": None if peak is None else peak - before,
         **more,
         **(predicted(recipe, counts) if job.get("ranks", 1) == 1 else {}),
     }
@@ -379,8 +382,12 @@ def predicted(recipe: Recipe, counts: dict[str, Any]) -> dict[str, Any]:
         "samples_per_pack": counts["samples_per_pack"],
         "most_images": int(counts["most_images"]),
     }
-    (memory,) = predict(recipe, 1, **load)  # type: ignore[arg-type]
-    result: dict[str, Any] = {"predicted_gib": memory.tensors / 2**30, "predicted_step_ms": None}
+    result: dict[str, Any] = {"predicted_gib": None, "predicted_step_ms": None}
+    try:
+        (memory,) = predict(recipe, 1, **load)  # type: ignore[arg-type]
+    except RecipeError as error:  # what was measured is told all the same
+        return {**result, "unpredicted": str(error).splitlines()[0]}
+    result["predicted_gib"] = memory.tensors / 2**30
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     known = next((own for start, own in _PLANNED.items() if name.startswith(start)), None)
     if known is not None:
@@ -450,7 +457,10 @@ def do_several(jobs: list[dict[str, Any]], folder: Path) -> None:
             result = do(job)
         except Exception as error:  # one must not hide the others
             log = traceback.format_exc()
-            result = {"error": f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]}", "log": log[-4000:]}
+            result = {
+                "error": f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]}",
+                "log": log[-4000:],
+            }
         written = folder / f"{number}.part"
         written.write_text(json.dumps(result))
         written.rename(folder / f"{number}.json")

@@ -7,7 +7,6 @@ plans of pictures, films, masks, experts that are full, adapters, weights in 4 b
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,10 @@ prepare_device()
 
 import cross_cases  # noqa: E402
 import levels_cases  # noqa: E402
+import numpy as np  # noqa: E402
 import placement_cases  # noqa: E402
 import tiles_cases  # noqa: E402
+import torch  # noqa: E402
 from expert_run_cases import ALL, MIXED, recipe_of  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 from test_films import RECIPES as FILM_RECIPES  # noqa: E402
@@ -29,6 +30,7 @@ from test_matrix import branches, chosen, make_model, model_count, packed  # noq
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 
 from megavlm.architectures.decoders.decoder import build as decoder_build  # noqa: E402
+from megavlm.config.help import to_tree  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.decoders import make_decoder  # noqa: E402
 from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
@@ -38,6 +40,7 @@ from megavlm.data.positions import positions_of  # noqa: E402
 from megavlm.data.read_pack import ReadPack, decode_pack  # noqa: E402
 from megavlm.data.spans import spans_of  # noqa: E402
 from megavlm.layers import experts  # noqa: E402
+from megavlm.training.spread import PictureSpread  # noqa: E402
 
 PACKS = 2
 CODES = {
@@ -70,12 +73,18 @@ def _drawn(recipe: Recipe, *, alike: bool = False) -> Part:
 
     def batches(step: int) -> list[Batch]:
         packs = placement_cases.read(recipe, step, (), alike=alike)[:PACKS]
-        return share_packs(packs, len(packs), None)
+        spread = PictureSpread(recipe) if recipe.parallel.vision_placement == "all_ranks" else None
+        return share_packs(packs, len(packs), spread)
 
     return Part(recipe, batches)
 
 
-def _registered(number: int) -> Part:
+def registered_count() -> int:
+    """Return how many models hold every registered part."""
+    return model_count()
+
+
+def registered(number: int) -> Part:
     """Return a model of ``test_matrix``."""
     names = chosen(number)
     model, vision = branches(**names), names["vision"]
@@ -95,7 +104,11 @@ def _tiles(image: dict[str, Any]) -> Part:
 
 def _levels(**model: Any) -> Part:
     recipe = levels_cases.recipe(**model)
-    plan, own, spans = plan_of(recipe.model), positions_of(recipe.model, IMAGE_TOKEN), spans_of(recipe.model, IMAGE_TOKEN)
+    plan, own, spans = (
+        plan_of(recipe.model),
+        positions_of(recipe.model, IMAGE_TOKEN),
+        spans_of(recipe.model, IMAGE_TOKEN),
+    )
     return Part(recipe, lambda step: tiles_cases.shared(plan, levels_cases.packs(plan, own, PACKS, step, spans)))
 
 
@@ -121,8 +134,6 @@ def _plain(**branches: Any) -> Part:
 def _native(**branches: Any) -> Part:
     """Return a model whose tower takes pictures of any size, with windows."""
     recipe = FILM_RECIPES["M-RoPE in seconds"]
-    from megavlm.config.help import to_tree
-
     model = {name: value for name, value in to_tree(recipe)["model"].items() if name != "video"}
     return _drawn(tiny_recipe(**{"model": model, **branches}))
 
@@ -133,9 +144,6 @@ def _codes() -> Part:
     shape = recipe.model.vision.pixel_shape
 
     def batches(step: int) -> list[Batch]:
-        import numpy as np
-        import torch
-
         made = [ReadPack(pack, torch.from_numpy(np.resize(pixels, (len(pixels), *shape)) if len(pixels) else
                 np.zeros((0, *shape), np.uint8))) for pack, pixels in random_packs(PACKS, step)]  # fmt: skip
         return share_packs(made, len(made), None)
@@ -178,17 +186,6 @@ if importlib.util.find_spec("bitsandbytes") is not None:
         _plain(lora={"rank": 4, "quantize": "nf4"}, training={"precision": "bf16"}),
         base=tiny_recipe(training={"precision": "bf16"}),
     )
-
-
-@functools.cache
-def names() -> list[str]:
-    """Return all of them; of the registries' models, number, tower, connector and language model."""
-    return [*(" ".join((str(n), *chosen(n).values())) for n in range(model_count())), *MAKERS]
-
-
-def part(name: str) -> Part:
-    """Return the one of a name."""
-    return MAKERS[name]() if name in MAKERS else _registered(int(name.split()[0]))
 
 
 @contextlib.contextmanager
