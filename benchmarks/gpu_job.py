@@ -258,7 +258,9 @@ def _release(training: TrainingModel) -> None:
         state = getattr(getattr(inner, "optimizer", None), "state", {})
         held += [one for values in state.values() for one in values.values() if isinstance(one, torch.Tensor)]
     for tensor in held:
-        tensor.detach().untyped_storage().resize_(0)
+        storage = tensor.detach().untyped_storage()
+        if storage.resizable():  # what a checkpoint's pages lie behind is not
+            storage.resize_(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

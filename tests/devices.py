@@ -5,7 +5,8 @@ asked for, and has each tensor's storage remember it. An operation on a tensor o
 :class:`WrongDevice` as CUDA would, and so do ``numpy()`` of one of the device, and collectives of one of the host.
 
 What this cannot see: code that asks ``is_cuda``, ``device.type`` or ``has_cuda()`` takes the CPU's branch; Transformer
-Engine's and Triton's kernels; other threads; what a backward pass makes on the host by name; moves back to the host that C++ makes of its own; a node's second GPU.
+Engine's and Triton's kernels; other threads; what a backward pass makes on the host by name; moves back to the host
+that C++ makes of its own; a node's second GPU.
 """
 
 from __future__ import annotations
