@@ -1,6 +1,7 @@
 """Short checks on a GPU: does megavlm train there, in which precision, with which kernels, and how fast.
 
-Every job runs in its own process, so that one failure does not hide the others; all together end within ``--limit``.
+Jobs of a part share a process, since importing and compiling is most of one; a job that fails there is tried again in a
+process of its own, so that no failure hides another. All together end within ``--limit``, in the order of their worth.
 The table goes to the screen and to ``--out``, and the same with all figures to a JSON file beside it. Exit code 0: all
 rows that could run are ok; 1: one failed; 2: there is nothing to check here.
 """
@@ -11,10 +12,12 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_families import SLICES
+from gpu_rows import _attention, _compared, _one, _scan, _speed, _unless_run
 from gpu_runner import ROOT, Job, Outcome, Row, Runner, as_json, environment, installed, markdown
 
 NEEDED = ("torch", "megatron.core", "pydantic", "numpy", "PIL")
@@ -22,8 +25,6 @@ SCALINGS = ("tensorwise", "delayed", "blockwise", "mxfp8")
 GOAL_MFU, GOAL_MFU_TORCH, GOAL_FP8, GOAL_STALL = 0.50, 0.45, 1.4, 1.5
 UNSEEN_WITHIN = 0.03
 MEMORY_WITHIN, TIME_WITHIN = 0.10, 0.15
-ATTENTION_LIMIT = 0.02
-"""Of bf16 attention against fp32, relative to the largest value: some three of its roundings."""
 ENGINE = "transformer_engine"
 
 
@@ -41,82 +42,10 @@ def _training(size: str, precision: str, impl: str, *, dry: bool, **more: Any) -
     }
 
 
-def _speed(result: dict[str, Any]) -> str:
-    parts = [
-        f"{result['parameters'] / 1e6:,.0f} M parameters, {result['layers']} language layers",
-        f"step {result['step_ms']:.1f} ms",
-        f"{result['tokens_per_s']:,.0f} tokens/s",
-        f"{result['images_per_s']:,.1f} images/s",
-        f"{result['model_tflops']:.1f} model TFLOP/s",
-    ]
-    if result["mfu"] is not None:
-        parts.append(f"MFU {result['mfu']:.1%} of the bf16 peak")
-    if result["mfu_fp8_peak"] is not None:
-        parts.append(f"{result['mfu_fp8_peak']:.1%} of the FP8 peak")
-    return ", ".join([*parts, f"loss {result['losses'][0]:.4f} to {result['losses'][-1]:.4f}"])
-
-
-def _finite(result: dict[str, Any]) -> bool:
-    values = [*result["losses"], *result["grad_norms"]]
-    return all(value is not None and abs(value) < 1e6 for value in values)  # false for NaN
-
-
-def _unless_run(name: str, *outcomes: Outcome) -> Row | None:
-    """Return the row that says why there is no result, or None."""
-    for outcome in outcomes:
-        if outcome.result is None:
-            return Row(name, "not run" if outcome.skipped else "failed", outcome.error)
-    return None
-
-
-def _one(name: str, outcome: Outcome, describe: Callable[[dict[str, Any]], str]) -> Row:
-    if outcome.result is None:
-        return _unless_run(name, outcome) or Row(name, "failed", "")
-    return Row(name, "ok" if _finite(outcome.result) else "failed", describe(outcome.result), outcome.result)
-
-
-def _compared(name: str, ours: Outcome, theirs: Outcome, limit: float, steps: int | None = None) -> Row:
-    """A row that holds losses and gradient norms of two runs from the same weights against each other.
-
-    Only the first ``steps`` count: bf16 weights do not move for some steps where fp32 ones do, since the first
-    updates are smaller than what their rounding hides.
-    """
-    missing = _unless_run(name, ours, theirs)
-    if missing is not None:
-        return missing
-    assert ours.result is not None and theirs.result is not None
-    apart = {}
-    for key in ("losses", "grad_norms"):
-        pairs = list(zip(ours.result[key], theirs.result[key], strict=True))[:steps]
-        apart[key] = max(abs(a - b) / abs(b) for a, b in pairs)
-    # A norm is less exact than a loss, and shows more: it reaches every weight.
-    ok = _finite(ours.result) and _finite(theirs.result)
-    ok = ok and apart["losses"] <= limit and apart["grad_norms"] <= 10 * limit
-    text = (
-        f"{len(pairs)} step(s), relative difference of losses up to {apart['losses']:.1e} (limit "
-        f"{limit:.0e}), of gradient norms {apart['grad_norms']:.1e} (limit {10 * limit:.0e}), "
-        f"first loss {ours.result['losses'][0]:.4f}"
-    )
-    return Row(name, "ok" if ok else "failed", text, apart)
-
-
-def _attention(name: str, outcome: Outcome) -> Row:
-    """A row that holds every case of attention against fp32."""
-    if outcome.result is None:
-        return _unless_run(name, outcome) or Row(name, "failed", "")
-    cases = outcome.result["cases"]
-    failed = {name: case["error"] for name, case in cases.items() if "error" in case}
-    figures = {name: max(case.values()) for name, case in cases.items() if name not in failed}
-    told = ", ".join([*(f"{case} {value:.1e}" for case, value in figures.items()), *map(": ".join, failed.items())])
-    good = not failed and all(value <= ATTENTION_LIMIT for value in figures.values())  # not so for NaN
-    status = "ok" if good else "failed"
-    return Row(name, status, f"relative difference of outputs and gradients: {told} (limit {ATTENTION_LIMIT})", cases)
-
-
 def parity(run: Runner, *, dry: bool) -> Iterator[Row]:
     """Hold this device's numbers against the CPU's, and bf16 against fp32; torch layers."""
-    fp32 = run("small model, fp32, torch layers", _training("small", "fp32", "torch", dry=dry))
     cpu = run("small model, fp32, CPU", {**_training("small", "fp32", "torch", dry=dry), "device": "cpu"})
+    fp32 = run("small model, fp32, torch layers", _training("small", "fp32", "torch", dry=dry))
     yield _compared("fp32, torch layers: this device against the CPU", fp32, cpu, 1e-4)
     bf16 = run(BF16, _training("small", "bf16", "torch", dry=dry))
     yield _compared("bf16 against fp32, torch layers", bf16, fp32, 5e-3, steps=1)
@@ -140,6 +69,33 @@ def engine(run: Runner, missing: str, *, dry: bool) -> Iterator[Row]:
         # With delayed scaling the first step computes at scale 1; two steps of all are compared.
         job = _training("small", "bf16", ENGINE, dry=dry, engine={"fp8": "hybrid", "fp8_recipe": scaling})
         yield _compared(name, run(f"small model, FP8 {scaling}", job), plain, 5e-2, steps=2)
+
+
+def families(run: Runner, memory_gib: float, *, dry: bool) -> Iterator[Row]:
+    """Time slices of families of other kinds: native pictures, experts, cross-attention, two kinds of weights, prefix.
+
+    And Mamba, with its scan by torch held against its own kernel where that is installed.
+    """
+    jobs = family_jobs(memory_gib, dry=dry)
+    for kind, one in SLICES.items():
+        if kind not in jobs:
+            yield Row(one.title, "not run", f"does not fit into {memory_gib:.0f} GiB of GPU memory")
+            continue
+        yield from _timed(one.title, run(one.title, jobs[kind]), goal=None)
+    yield _scan(run("Mamba's scan", jobs["scan"]))
+
+
+def family_jobs(memory_gib: float, *, dry: bool) -> dict[str, Job]:
+    """Return the jobs of :func:`families` by kind; those that fit."""
+    found: dict[str, Job] = {}
+    for kind, one in SLICES.items():
+        layers = 4 if dry else one.layers(memory_gib)
+        if not layers:
+            continue
+        job = {"kind": "train", "size": "small" if dry else "slice", "slice": kind, "small": dry, "layers": layers}
+        job |= {"precision": "bf16", "impl": "torch", "steps": 3 if dry else 10, "warmup": 1 if dry else 4}
+        found[kind] = {**job, "freeze_vision": True, "own_weights": True}
+    return {**found, "scan": {"kind": "scan", "small": dry}}
 
 
 def slice_layers(memory_gib: float) -> int:
@@ -167,36 +123,45 @@ def speed(run: Runner, missing: str, memory_gib: float, *, dry: bool) -> Iterato
         why = f"needs some 26 GiB of GPU memory, here are {memory_gib:.0f}"
         yield from (Row(f"{label}, {kind}", "not run", why) for kind in ("BF16, torch layers", *ENGINES))
         return
-    own = {"layers": layers, "freeze_vision": True, "own_weights": True}
-    done = {}
-    for kind, engine in ENGINES.items():
+    jobs, done = slice_jobs(layers, missing, dry=dry), {}
+    yield from _timed(torch_name, run(torch_name, jobs["torch"]))
+    for kind in ENGINES:
         name = f"{label}, {kind}"
         if missing:
             yield Row(name, "not run", missing)
             continue
-        more = {"more": True} if kind != "FP8 (delayed)" else {}
-        done[kind] = run(name, _training("slice", "bf16", ENGINE, dry=dry, engine=engine, **more, **own))
+        done[kind] = run(name, jobs[kind])
         yield from _timed(name, done[kind])
-    yield from _timed(torch_name, run(torch_name, _training("slice", "bf16", "torch", dry=dry, more=True, **own)))
     if "BF16" in done:
         yield _ratio("FP8 against BF16, tokens/s", done["FP8 (tensorwise)"], done["BF16"])
 
 
-def _timed(name: str, outcome: Outcome) -> list[Row]:
-    """The rows of a timed job: its speed, and what the planner had said."""
+def slice_jobs(layers: int, missing: str, *, dry: bool) -> dict[str, Job]:
+    """Return the jobs of :func:`speed` in their order, by engine; those that can run."""
+    own = {"layers": layers, "freeze_vision": True, "own_weights": True}
+    found = {"torch": _training("slice", "bf16", "torch", dry=dry, more=True, **own)}
+    for kind, engine in ENGINES.items() if not missing else ():
+        more = {"more": True} if kind != "FP8 (delayed)" else {}
+        found[kind] = _training("slice", "bf16", ENGINE, dry=dry, engine=engine, **more, **own)
+    return found
+
+
+def _timed(name: str, outcome: Outcome, goal: float | None = GOAL_MFU) -> list[Row]:
+    """The rows of a timed job: its speed, and what the planner had said; None where no goal was set."""
     row = _one(name, outcome, _speed)
     result = outcome.result
     if result is None:
         return [row]
-    if result["mfu"] is not None:
-        goal = GOAL_MFU_TORCH if "torch layers" in name else GOAL_MFU
+    if result["mfu"] is not None and goal is not None:
+        goal = GOAL_MFU_TORCH if "torch layers" in name else goal
         row.detail += f"; goal {goal:.0%} MFU: {'reached' if result['mfu'] >= goal else 'missed'}"
     told = [
         _against("memory, GiB", result["predicted_gib"], result["peak_gib"], MEMORY_WITHIN),
         _against("step, ms", result["predicted_step_ms"], result["step_ms"], TIME_WITHIN),
     ]
+    told += [result["unpredicted"].replace("|", "/")] if "unpredicted" in result else []
     rows = [row, Row(f"{name}: the planner's prediction", "ok", "; ".join(told))]
-    if "mixes" in result:
+    if "unseen_ms" in result:
         rows.append(_unseen(name, result))
         rows += [_mix(f"{name}, {mix}", figures) for mix, figures in result["mixes"].items()]
     return rows
@@ -308,6 +273,7 @@ LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("TP 2", 2, {"tensor_model_parallel_size": 2}),
     ("PP 2", 2, {"pipeline_model_parallel_size": 2}),
     ("CP 2", 2, {"context_parallel_size": 2}),
+    ("CP 4", 4, {"context_parallel_size": 4}),
     ("PP 2 x VPP 2", 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     ("DP 2", 2, {"overlap_grad_reduce": False, "overlap_param_gather": False}),
     ("DP 2, overlapped", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
@@ -324,10 +290,19 @@ LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
 )
 
 
+EXPERT_LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("EP 2", 2, {"expert_model_parallel_size": 2}),
+    ("EP 2 x TP 2 + SP", 4, {
+        "expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
+    }),
+    ("EP 4 x PP 2", 8, {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2}),
+)  # fmt: skip
+
+
 def layouts(run: Runner, gpus: int, *, dry: bool) -> Iterator[Row]:
     """Hold layouts over several GPUs against one."""
     with tempfile.TemporaryDirectory() as folder:
-        yield from _layouts(run, gpus, Path(folder) / "step-00000000", dry=dry)
+        yield from _layouts(run, gpus, Path(folder) / "dense" / "step-00000000", dry=dry)
 
 
 def _layouts(run: Runner, gpus: int, weights: Path, *, dry: bool) -> Iterator[Row]:
@@ -340,9 +315,34 @@ def _layouts(run: Runner, gpus: int, weights: Path, *, dry: bool) -> Iterator[Ro
             continue
         job = _training("small", "fp32", "torch", dry=dry, parallel=parallel, ranks=ranks, **more)
         yield _compared(label, run(name, job), one, 1e-4)
+    # Experts: their weights are in other places, so they begin with a checkpoint of their own.
+    own = family_jobs(0.0, dry=True)["experts"]
+    own |= {"precision": "fp32", "own_weights": False, "weights": str(weights.parent.parent / "experts" / weights.name)}
+    alone = run("one process, experts", own)
+    for name, ranks, parallel in EXPERT_LAYOUTS:
+        label = f"experts, {name} against one GPU"
+        if ranks > gpus:
+            yield Row(label, "not run", f"needs {ranks} GPUs; make gpu-check GPUS={ranks}")
+            continue
+        yield _compared(label, run(f"experts, {name}", {**own, "parallel": parallel, "ranks": ranks}), alone, 1e-4)
 
 
-PARTS = ("rates", "attention", "parity", "engine", "slice", "decoders", "save", "layouts")
+PARTS = ("attention", "parity", "slice", "engine", "families", "rates", "save", "decoders", "layouts")
+"""By their worth: what may run out of time comes last."""
+
+
+def shared_processes(missing: str, memory_gib: float, *, dry: bool) -> dict[str, list[Job]]:
+    """Return jobs that share a process, by part, in the order in which their rows are written."""
+    small = [_training("small", precision, "torch", dry=dry) for precision in ("fp32", "bf16")]
+    found = {"attention": [{"kind": "attention", "impl": "torch"}], "parity": small, "engine": []}
+    if not missing:
+        scalings = [{"fp8": "hybrid", "fp8_recipe": scaling} for scaling in SCALINGS]
+        found["engine"] = [{"kind": "attention", "impl": ENGINE}, _training("small", "bf16", ENGINE, dry=dry)]
+        found["engine"] += [_training("small", "bf16", ENGINE, dry=dry, engine=engine) for engine in scalings]
+    layers = 4 if dry else slice_layers(memory_gib)
+    found["slice"] = list(slice_jobs(layers, missing, dry=dry).values()) if layers else []
+    found["families"] = list(family_jobs(memory_gib, dry=dry).values())
+    return found
 
 
 def check(run: Runner, *, dry: bool, gpus: int = 1, only: Sequence[str] = PARTS) -> Iterator[Row]:
@@ -356,22 +356,29 @@ def check(run: Runner, *, dry: bool, gpus: int = 1, only: Sequence[str] = PARTS)
         memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         if not installed(ENGINE):
             missing = "transformer-engine is not installed"
-    if "rates" in only:
-        yield rates(run, dry=dry)
-    if "attention" in only:
-        yield _attention("bf16 attention, torch", run("attention, torch", {"kind": "attention", "impl": "torch"}))
-    if "parity" in only:
-        yield from parity(run, dry=dry)
-    if "engine" in only:
-        yield from engine(run, missing, dry=dry)
-    if "slice" in only:
-        yield from speed(run, missing, memory_gib, dry=dry)
-    if "decoders" in only:
-        yield from decoders(run, dry=dry)
-    if "save" in only:
-        yield save(run, dry=dry)
-    if "layouts" in only:
-        yield from layouts(run, gpus, dry=dry)
+    shared = shared_processes(missing, memory_gib, dry=dry)
+    run.together([job for part in ("attention", "parity") if part in only for job in shared[part]])
+    for part in ("slice", "engine", "families"):
+        run.together(shared[part])
+    rows: dict[str, Callable[[], Iterable[Row]]] = {
+        "attention": lambda: [
+            _attention("bf16 attention, torch", run("attention, torch", {"kind": "attention", "impl": "torch"}))
+        ],
+        "parity": lambda: parity(run, dry=dry),
+        "slice": lambda: speed(run, missing, memory_gib, dry=dry),
+        "engine": lambda: engine(run, missing, dry=dry),
+        "families": lambda: families(run, memory_gib, dry=dry),
+        "rates": lambda: [rates(run, dry=dry)],
+        "save": lambda: [save(run, dry=dry)],
+        "decoders": lambda: decoders(run, dry=dry),
+        "layouts": lambda: layouts(run, gpus, dry=dry),
+    }
+    try:
+        for part in PARTS:
+            if part in only:
+                yield from rows[part]()
+    finally:
+        run.close()
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 """One job of ``gpu_check`` in a process of its own: trains some steps or decodes some images, and writes what it saw.
 
-Arguments: a JSON object with ``kind`` ("train", "attention", "decoders", "rates", "save") and its settings, and the
-file to write the result to. A result of ``missing`` says what this machine lacks for the job.
+Arguments: a JSON object with ``kind`` ("train", "attention", "decoders", "rates", "save", "scan") and its settings, and
+the file to write the result to. A result of ``missing`` says what this machine lacks for the job. A job of kind
+"several" has a list ``jobs``, which it does one after the other: the file is a folder then, and gets the result of each
+when it is done (``0.json``, ..), or its ``error`` and ``log``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gpu_families import family_batches, scan, size_of
 
 from megavlm.config.errors import RecipeError
 
@@ -65,9 +68,9 @@ def make_recipe(job: dict[str, Any]) -> Recipe:
     from megavlm.config.schema import Recipe
     from megavlm.families.presets import expand_presets
 
-    size = SIZES[job["size"]]
+    size = size_of(job) if "slice" in job else SIZES[job["size"]]
     model = dict(size["model"])
-    if "layers" in job:
+    if "layers" in job and "slice" not in job:
         model["language"] = {**model.get("language", {}), "num_layers": job["layers"]}
     tree = {
         "output_dir": "unused",
@@ -123,6 +126,8 @@ def make_batches(
         seed: another one gives packs never seen before.
         text: least and most tokens of text in a sample; None for the size's own.
     """
+    if "slice" in job:
+        return family_batches(recipe, job, image_token, steps=steps, seed=seed)
     import torch
 
     from megavlm.data.batch import IGNORE_INDEX
@@ -177,6 +182,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     check_recipe(recipe, job.get("ranks", 1))
     check_machine(recipe, this_machine())
     image_token = recipe.model.language.vocab_size - 1
+    before = 0.0  # what an earlier job of this process left
+    if has_cuda():
+        before = torch.cuda.memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
     with process_groups(recipe.parallel, recipe.training.seed):
         training = build_training(recipe, image_token)
         if job.get("own_weights"):
@@ -213,8 +222,11 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
                 "unseen_ms": 1e3 * _unseen(recipe, job, image_token, take),
                 "kernels": _kernels(lambda: take(steps[0])),
                 "waits": _waits(partial(run_batches, training.chunks, steps[0], 1)),
-                "mixes": {name: _mix(recipe, job, image_token, take, name) for name in SIZES[job["size"]]["mixes"]},
+                "mixes": {}
+                if "slice" in job
+                else {name: _mix(recipe, job, image_token, take, name) for name in SIZES[job["size"]]["mixes"]},
             }
+        _release(training)
     return {
         "device": "cuda" if has_cuda() else "cpu",
         "parameters": parameters,
@@ -226,10 +238,32 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "images_per_s": counts["images"] / step,
         "images_per_step": counts["images"],
         **_use(recipe, counts, step),
-        "peak_gib": peak,
+        "peak_gib": None if peak is None else peak - before,
         **more,
         **(predicted(recipe, counts) if job.get("ranks", 1) == 1 else {}),
     }
+
+
+def _release(training: TrainingModel) -> None:
+    """Give the memory of weights, gradients and optimizer back: Megatron-Core's hooks would hold it until the end."""
+    import torch
+
+    held = [one for group in training.optimizer.param_groups for one in group["params"]]
+    for chunk in training.chunks:
+        for buffer in [*getattr(chunk, "buffers", []), *getattr(chunk, "expert_parallel_buffers", [])]:
+            held += [one for one in (buffer.param_data, buffer.grad_data) if one is not None]
+    for module in training.modules:
+        held += [*module.parameters()]
+    for inner in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
+        state = getattr(getattr(inner, "optimizer", None), "state", {})
+        held += [one for values in state.values() for one in values.values() if isinstance(one, torch.Tensor)]
+    for tensor in held:
+        storage = tensor.detach().untyped_storage()
+        if storage.resizable():  # what a checkpoint's pages lie behind is not
+            storage.resize_(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _unseen(recipe: Recipe, job: dict[str, Any], image_token: int, take: Callable[[list[Any]], float]) -> float:
@@ -292,7 +326,7 @@ def _waits(work: Callable[[], Any]) -> dict[str, int] | None:
     return dict(places)
 
 
-def _counts(steps: list[list[Any]]) -> dict[str, float]:
+def _counts(steps: list[list[Any]]) -> dict[str, Any]:
     """Return tokens, squared segment lengths and images of a step on average, and images of the fullest pack."""
     packs = [batch for step in steps for batch in step]
     lengths = [batch.packed_seq_params.cu_seqlens_q.diff().double() for batch in packs]
@@ -303,15 +337,26 @@ def _counts(steps: list[list[Any]]) -> dict[str, float]:
         "images": sum(batch.num_images for batch in packs) / len(steps),
         "samples_per_pack": sum(part.numel() for part in real) / len(packs),
         "most_images": max(batch.num_images for batch in packs),
+        **_own_sizes(packs, len(steps)),
     }
 
 
-def _use(recipe: Recipe, counts: dict[str, float], step: float) -> dict[str, float | None]:
+def _own_sizes(packs: list[Any], steps: int) -> dict[str, Any]:
+    """Return what a step's pictures are on average, where each has a size of its own."""
+    from megavlm.architectures.cost import Pictures
+
+    if all(batch.image_grid is None for batch in packs):
+        return {}
+    return {"pictures": Pictures.shown([grid for one in packs for grid in one.image_grid.tolist()]).times(1 / steps)}
+
+
+def _use(recipe: Recipe, counts: dict[str, Any], step: float) -> dict[str, float | None]:
     """Return FLOP/s of the model, as a share of the device's peaks where these are known."""
     from megavlm.parallel.device import peak_flops
     from megavlm.planning.flops import step_flops
 
-    rate = step_flops(recipe, round(counts["tokens"]), round(counts["squares"]), round(counts["images"])) / step
+    pictures = counts.get("pictures", round(counts["images"]))
+    rate = step_flops(recipe, round(counts["tokens"]), round(counts["squares"]), pictures) / step
     bf16, fp8 = peak_flops("bf16"), peak_flops("fp8")
     return {
         "model_tflops": rate / 1e12,
@@ -324,7 +369,7 @@ def _use(recipe: Recipe, counts: dict[str, float], step: float) -> dict[str, flo
 _PLANNED = {"NVIDIA A100-SXM4-80GB": "a100-80g", "NVIDIA H100 80GB HBM3": "h100-80g", "NVIDIA H200": "h200-141g"}
 
 
-def predicted(recipe: Recipe, counts: dict[str, float]) -> dict[str, Any]:
+def predicted(recipe: Recipe, counts: dict[str, Any]) -> dict[str, Any]:
     """Return what the planner says of this job: the bytes of its tensors, and its step where it knows the GPU."""
     import torch
 
@@ -339,8 +384,12 @@ def predicted(recipe: Recipe, counts: dict[str, float]) -> dict[str, Any]:
         "samples_per_pack": counts["samples_per_pack"],
         "most_images": int(counts["most_images"]),
     }
-    (memory,) = predict(recipe, 1, **load)  # type: ignore[arg-type]
-    result: dict[str, Any] = {"predicted_gib": memory.tensors / 2**30, "predicted_step_ms": None}
+    result: dict[str, Any] = {"predicted_gib": None, "predicted_step_ms": None}
+    try:
+        (memory,) = predict(recipe, 1, **load)  # type: ignore[arg-type]
+    except RecipeError as error:  # what was measured is told all the same
+        return {**result, "unpredicted": str(error).splitlines()[0]}
+    result["predicted_gib"] = memory.tensors / 2**30
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     known = next((own for start, own in _PLANNED.items() if name.startswith(start)), None)
     if known is not None:
@@ -386,20 +435,49 @@ def decoders(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Run the job."""
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    """Do one job."""
     from gpu_attention import attention
     from gpu_rates import rates
     from gpu_save import save
 
-    job = json.loads(sys.argv[1])
-    kinds = {"train": train, "attention": attention, "decoders": decoders, "rates": rates, "save": save}
+    kinds = {
+        "train": train, "attention": attention, "decoders": decoders, "rates": rates, "save": save, "scan": scan
+    }  # fmt: skip
     try:
-        result = kinds[job["kind"]](job)
+        return kinds[job["kind"]](job)
     except RecipeError as error:  # the machine or the model cannot do what the job asks
-        result = {"missing": str(error).splitlines()[0]}
+        return {"missing": str(error).splitlines()[0]}
+
+
+def do_several(jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Do one after the other; what each gives is there when it is done, whole or not at all."""
+    import gc
+
+    for number, job in enumerate(jobs):
+        try:
+            result = do(job)
+        except Exception as error:  # one must not hide the others
+            log = traceback.format_exc()
+            result = {
+                "error": f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]}",
+                "log": log[-4000:],
+            }
+        written = folder / f"{number}.part"
+        written.write_text(json.dumps(result))
+        written.rename(folder / f"{number}.json")
+        gc.collect()
+
+
+def main() -> None:
+    """Run the job, or several."""
+    job, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    if job["kind"] == "several":
+        do_several(job["jobs"], out)
+        return
+    result = do(job)
     if os.environ.get("RANK", "0") == "0":
-        Path(sys.argv[2]).write_text(json.dumps(result))
+        out.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs the jobs of ``gpu_check``, each in a process of its own and all within a limit, and writes what came out."""
+"""Runs the jobs of ``gpu_check``, alone or several in a process and all within a limit, and writes what came out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 JOB = Path(__file__).resolve().parent / "gpu_job.py"
 LEAST_SECONDS = 15.0
 """A job is not started with less time than this left."""
+LATE = "took longer than"
 
 Job = dict[str, Any]
 
@@ -62,6 +64,22 @@ class Runner:
         self.outcomes: dict[str, Outcome] = {}
         self._deadline = time.monotonic() + limit
         self._known: dict[str, Outcome] = {}
+        self._groups: list[list[str]] = []
+        self._at_work: _Several | None = None
+
+    def together(self, jobs: Sequence[Job]) -> None:
+        """Do these in one process, in this order, when the first of them is asked for: importing is most of a job.
+
+        Each is there when it is done. One that fails behind others is tried again in a process of its own, and one that
+        hangs or ends the process is failed and the rest goes on in another.
+        """
+        self._groups.append([json.dumps(job) for job in jobs])
+
+    def close(self) -> None:
+        """End what is at work."""
+        if self._at_work is not None:
+            self._at_work.close()
+            self._at_work = None
 
     def __call__(self, name: str, job: Job) -> Outcome:
         """Run ``job`` (see gpu_job.py), or return what it gave before."""
@@ -73,12 +91,33 @@ class Runner:
             else:
                 print(f"running: {name}", file=sys.stderr, flush=True)
                 start = time.perf_counter()
-                outcome = self._run(job, min(self.timeout, left))
+                group = next((one for one in self._groups if key in one), None)
+                if group is None:
+                    outcome = self._run(job, min(self.timeout, left))
+                else:
+                    outcome = self._from_group(key, group)
                 print(f"  {time.perf_counter() - start:.0f} s {outcome.error}", file=sys.stderr, flush=True)
             self._known[key] = self.outcomes[name] = outcome
         return self._known[key]
 
-    def _run(self, job: Job, timeout: float) -> Outcome:
+    def _from_group(self, key: str, group: list[str]) -> Outcome:
+        """Return what a job of a group gives; start the group's process, or another for the rest, where it must be."""
+        if self._at_work is None or not self._at_work.gives(key):
+            self.close()
+            rest = [one for one in group[group.index(key) :] if one not in self._known]
+            self._at_work = _Several(rest, self._environment({}))
+        several = self._at_work
+        outcome = several.wait(key, min(self.timeout, self._deadline - time.monotonic()))
+        late = outcome.error.startswith(LATE)
+        if outcome.result is None and not outcome.skipped and not late and several.keys[0] != key:
+            self.close()
+            left = self._deadline - time.monotonic()
+            if left > LEAST_SECONDS:
+                print(f"  {outcome.error}; once more, in a process of its own", file=sys.stderr, flush=True)
+                return self._run(json.loads(key), min(self.timeout, left))
+        return outcome
+
+    def _environment(self, job: Job) -> dict[str, str]:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         # One process: neither a job that started us nor an odd host name may matter.
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -88,6 +127,10 @@ class Runner:
         env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if self.on_cpu or job.get("device") == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
+        return env
+
+    def _run(self, job: Job, timeout: float) -> Outcome:
+        env = self._environment(job)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "result.json"
             start = [sys.executable]
@@ -109,13 +152,72 @@ class Runner:
             except subprocess.TimeoutExpired as error:
                 output = error.stdout or b""
                 text = output.decode(errors="replace") if isinstance(output, bytes) else output
-                return Outcome(None, f"took longer than {timeout:.0f} s", text[-4000:])
+                return Outcome(None, f"{LATE} {timeout:.0f} s", text[-4000:])
             if process.returncode == 0 and out.exists():
                 result = json.loads(out.read_text())
                 if "missing" in result:
                     return Outcome(None, result["missing"].replace("|", "/"), skipped=True)
                 return Outcome(result)
             return Outcome(None, _last_error(process.stdout, process.returncode), process.stdout[-4000:])
+
+
+class _Several:
+    """A process that does several jobs.
+
+    Args:
+        keys: the jobs, as JSON, in their order.
+        env: of the process.
+    """
+
+    def __init__(self, keys: list[str], env: dict[str, str]) -> None:
+        self.keys = keys
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = Path(self._folder.name) / "log"
+        job = json.dumps({"kind": "several", "jobs": [json.loads(key) for key in keys]})
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(JOB), job, self._folder.name],
+                env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def wait(self, key: str, timeout: float) -> Outcome:
+        """Return what a job gives; where it takes too long, the process is ended."""
+        written = self._written(key)
+        end = time.monotonic() + timeout
+        while not written.exists():
+            code = self._process.poll()
+            if code is not None and not written.exists():
+                return Outcome(None, _last_error(self._output(), code), self._output()[-4000:])
+            if time.monotonic() > end:
+                self._process.kill()
+                self._process.wait()
+                return Outcome(None, f"{LATE} {timeout:.0f} s", self._output()[-4000:])
+            time.sleep(0.05)
+        result = json.loads(written.read_text())
+        if "missing" in result:
+            return Outcome(None, result["missing"].replace("|", "/"), skipped=True)
+        if "error" in result:
+            return Outcome(None, result["error"].replace("|", "/"), result["log"])
+        return Outcome(result)
+
+    def gives(self, key: str) -> bool:
+        """Whether what a job gives is there, or may yet come."""
+        if key not in self.keys:
+            return False
+        return self._process.poll() is None or self._written(key).exists()
+
+    def _written(self, key: str) -> Path:
+        return Path(self._folder.name) / f"{self.keys.index(key)}.json"
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def _output(self) -> str:
+        return self._log.read_text(errors="replace")
 
 
 def _last_error(output: str, code: int) -> str:

@@ -5,7 +5,8 @@ asked for, and has each tensor's storage remember it. An operation on a tensor o
 :class:`WrongDevice` as CUDA would, and so do ``numpy()`` of one of the device, and collectives of one of the host.
 
 What this cannot see: code that asks ``is_cuda``, ``device.type`` or ``has_cuda()`` takes the CPU's branch; Transformer
-Engine's and Triton's kernels; other threads; moves back to the host that C++ makes of its own; a node's second GPU.
+Engine's and Triton's kernels; other threads; what a backward pass makes on the host by name; moves back to the host
+that C++ makes of its own; a node's second GPU.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ class _Operations(TorchDispatchMode):
         if func in (aten.copy_.default, aten._foreach_copy_.default, aten.set_.source_Tensor):
             on_device = False  # as the target is
         else:
-            on_device = _is_device(asked) or bool(there)
+            # In a backward pass nobody's requests are seen, and what torch fills a gap with is as the gradients are.
+            fills = not tensors and asked is not None and torch._C._current_graph_task_id() != -1
+            on_device = _is_device(asked) or bool(there) or fills
         if on_device and func.namespace != "c10d":
             for result in pytree.tree_leaves(results):
                 if _plain(result):
@@ -141,6 +144,8 @@ class _Requests(TorchFunctionMode):
         if kwargs.get("device") is not None and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = DEVICE
         result = func(*args, **kwargs)
+        if func is torch._C._nn.pad_sequence and any(self.memory.has(one) for one in args[0]):
+            self.memory.add(result)  # which C++ makes on the CPU, and then copies into
         if kwargs.get("device") is not None and _plain(result):  # torch.tensor makes it without an operation
             (self.memory.add if _is_device(kwargs["device"]) else self.memory.drop)(result)
         return result

@@ -222,10 +222,12 @@ class PackRouter(TopKRouter):
             parts = [torch.empty_like(scores) for _ in range(group.size())]
             dist.all_gather(parts, scores.contiguous(), group=group)
             scores = torch.cat(parts)
-        tokens = int((scores >= 0).any(-1).sum())
-        capacity = min(math.ceil(tokens * self.topk / self.num_experts * factor), len(scores))
-        best = scores.topk(capacity, dim=0).indices
-        taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, best, value=True) & (scores >= 0)
+        # How many real tokens there are the device alone knows: of as many as all positions would allow, the first.
+        most = min(math.ceil(len(scores) * self.topk / self.num_experts * factor), len(scores))
+        capacity = ((scores >= 0).any(-1).sum().double() * self.topk / self.num_experts * factor).ceil()
+        best = scores.topk(most, dim=0).indices
+        within = torch.arange(most, device=scores.device).unsqueeze(1) < capacity
+        taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, best, within.expand_as(best)) & (scores >= 0)
         return taken.chunk(group.size())[group.rank()]
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ the same numbers. The dimension that is cut comes first, so shares are whole gro
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,10 +67,14 @@ class NF4Weight:
         return weight.t() if self.transposed else weight
 
 
+@functools.lru_cache(maxsize=16)
 def _nf4_values(device: torch.device) -> Tensor:
+    """Return the 16 values of a code: made once, since the copy from the host waits for the device."""
     from bitsandbytes.functional import get_4bit_type  # noqa: PLC0415
 
-    return get_4bit_type("nf4", device=device)
+    with torch.inference_mode(False):
+        values: Tensor = get_4bit_type("nf4", device=device)
+    return values
 
 
 def quantise(weight: Tensor, pieces: Sequence[tuple[int, int]], *, transposed: bool) -> NF4Weight:

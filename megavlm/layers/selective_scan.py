@@ -38,6 +38,7 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
         ctx.function = function
+        ctx.set_materialize_grads(False)  # nobody asks for the state behind the last block
         ctx.save_for_backward(*tensors)
         return function(*tensors)
 
@@ -51,8 +52,13 @@ class _Again(torch.autograd.Function):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
             made = ctx.function(*inputs)
         made = made if isinstance(made, tuple) else (made,)
-        found = iter(torch.autograd.grad(made, [one for one in inputs if one.requires_grad], gradients))
-        return None, *(next(found) if learns else None for learns in needed)
+        asked = [(one, gradient) for one, gradient in zip(made, gradients, strict=True) if gradient is not None]
+        if not asked:
+            return None, *(None for _ in needed)
+        learns = [one for one in inputs if one.requires_grad]
+        outs, given = zip(*asked, strict=True)
+        found = iter(torch.autograd.grad(outs, learns, given, allow_unused=True))
+        return None, *(next(found) if wanted else None for wanted in needed)
 
 
 @dataclass(frozen=True)

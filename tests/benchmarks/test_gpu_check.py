@@ -49,13 +49,22 @@ def test_dry_run_runs_every_row_that_needs_no_gpu(tmp_path: Path) -> None:
         assert status[name] == "ok"
     for mix in ("unseen packs", "picture-heavy", "text-heavy"):
         assert [name for name, value in status.items() if name.endswith(mix) and value == "ok"]
-    for layout in ("TP 2", "PP 2", "PP 2 x VPP 2", "DP 2", "DP 2, overlapped"):
+    families = ("Qwen2.5-VL-7B", "Qwen3-VL-30B-A3B", "Llama-3.2-Vision-11B", "CogVLM", "PaliGemma-3B", "Cobra-3B")
+    for family in families:
+        rows_of = {name: value for name, value in status.items() if name.startswith(f"{family} slice")}
+        assert len(rows_of) == 2 and set(rows_of.values()) == {"ok"}, rows_of
+    assert status["Mamba's convolution and scan of a pack, forward and backward"] == "ok"
+    assert status["experts, EP 2 against one GPU"] == "ok"
+    assert status["experts, EP 2 x TP 2 + SP against one GPU"] == "not run"
+    for layout in ("TP 2", "PP 2", "CP 2", "PP 2 x VPP 2", "DP 2", "DP 2, overlapped"):
         assert status[f"{layout} against one GPU"] == "ok"
     assert status["TP 2 x PP 2 + SP against one GPU"] == "not run"
     figures = json.loads(out.with_suffix(".json").read_text())
     assert {row["name"]: row["status"] for row in figures["rows"]} == status
     timed = figures["jobs"]["small model, BF16, torch layers"]
     assert timed["tokens_per_s"] > 0 and timed["images_per_s"] > 0 and timed["predicted_gib"] > 0
+    experts = next(job for name, job in figures["jobs"].items() if "experts)" in name)
+    assert experts["predicted_gib"] > 0 and experts["tokens_per_s"] > 0 and "unpredicted" not in experts
     assert timed["mfu"] is None and timed["peak_gib"] is None  # nothing is made up on a CPU
     assert figures["rates"]["matmul"] and figures["rates"]["attention"] and figures["rates"]["copy"]
     packed = figures["jobs"]["attention, torch"]["cases"]["packed causal"]
@@ -118,6 +127,36 @@ def test_losses_that_differ_or_are_not_numbers_fail(gpu_check: Any) -> None:
     assert gpu_check._compared("r", outcome(2.0), outcome(2.01), 1e-4).status == "failed"
     assert gpu_check._compared("r", outcome(float("nan")), outcome(2.0), 1e-4).status == "failed"
     assert gpu_check._compared("r", gpu_check.Outcome(None, "E"), outcome(2.0), 1e-4).detail == "E"
+
+
+def test_jobs_of_one_process_hide_each_other_in_nothing(gpu_check: Any) -> None:
+    run = gpu_check.Runner(300, on_cpu=True)
+    bad, good, again = {"kind": "nonsense"}, {"kind": "scan", "small": True}, {"kind": "nonsense", "number": 2}
+    run.together([bad, good, again])
+    first = run("bad", bad)
+    assert "KeyError" in first.error and "Traceback" in first.log
+    process = run._at_work._process.pid
+    assert run("good", good).result["torch_ms"] > 0
+    assert run._at_work._process.pid == process  # none of its own
+    last = run("again", again)  # behind others it is tried alone before it counts as failed
+    assert run._at_work is None and "exit code 1: KeyError" in last.error
+    run.close()
+
+
+def test_a_process_that_ends_or_hangs_takes_one_job_along(gpu_check: Any) -> None:
+    jobs = [{"kind": "scan", "small": True, "number": number} for number in range(2)]
+    keys = [json.dumps(job) for job in jobs]
+    several = sys.modules["gpu_runner"]._Several(keys, gpu_check.Runner(9, on_cpu=True)._environment({}))
+    several._process.kill()
+    assert "exit code -9" in several.wait(keys[0], 60).error
+    assert not several.gives(keys[1])
+    several.close()
+    run = gpu_check.Runner(0.01, on_cpu=True)
+    run.together(jobs)
+    assert "took longer than" in run("slow", jobs[0]).error
+    run.timeout = 300
+    assert run("next", jobs[1]).result is not None
+    run.close()
 
 
 def test_nothing_starts_when_the_time_for_the_whole_is_up(gpu_check: Any) -> None:

@@ -188,7 +188,7 @@ def _of_model(read: ReadPack, recipe: Recipe, seed: int) -> ReadPack:
     """The same with what the model asks for beside: positions of three numbers, spans that see both ways."""
     pack, rng = read.pack, np.random.default_rng(seed)
     spans = spans_of(recipe.model, IMAGE_TOKEN)
-    if recipe.model.language.rotary_sections and pack.position_ids.ndim == 1:
+    if getattr(recipe.model.language, "rotary_sections", None) and pack.position_ids.ndim == 1:
         moved = np.sort(rng.integers(0, 20, (3, len(pack.tokens))), axis=1)
         pack = dataclasses.replace(pack, position_ids=np.stack([pack.position_ids] * 3) + moved)
     if spans is not None:

@@ -8,14 +8,19 @@ CUDA only; ``gpu_check`` counts with ``torch.cuda.set_sync_debug_mode``.
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import devices
 import numpy as np
 import pytest
 import torch
+from devices import Pretended
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, tiny_recipe
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.config import architecture as registry
@@ -36,12 +41,15 @@ _ONCE_A_STEP = ("finalize_model_grads.py", "step.py")
 
 
 class _Counting(TorchDispatchMode):
-    def __init__(self, places: Counter[str]) -> None:
+    def __init__(self, places: Counter[str], waits_for: Callable[[torch.Tensor], bool]) -> None:
         super().__init__()
-        self.places = places
+        self.places, self.waits_for = places, waits_for
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(one, torch.Tensor) and self.waits_for(one) for one in leaves):
+            return func(*args, **kwargs)
         boolean = func is aten.index.Tensor and any(i is not None and i.dtype is torch.bool for i in args[1])
         repeats = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
         if func in _WAITS or boolean or repeats:
@@ -52,25 +60,54 @@ class _Counting(TorchDispatchMode):
 def note(places: Counter[str], what: str) -> None:
     inside_torch = str(Path(torch.__file__).parent)
     files = [f.filename for f in traceback.extract_stack() if not f.filename.startswith(inside_torch)]
-    own = [Path(name).name for name in files if name != __file__]
+    own = [Path(name).name for name in files if name not in (__file__, devices.__file__)]
     if own[-1] not in _ONCE_A_STEP:
         places[f"{what} in {own[-1]}"] += 1
 
 
 @contextlib.contextmanager
-def counted_waits(monkeypatch):
+def counted_waits(monkeypatch, device: Pretended | None = None):
+    """Count what would wait: of every tensor, or of those of a pretended device alone, and copies to and from it."""
     places: Counter[str] = Counter()
+    waits_for = (lambda _: True) if device is None else device.has
     with monkeypatch.context() as patch:
         for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__"):
             plain = getattr(torch.Tensor, name)
 
             def counting(self, *args, plain=plain, name=name, **kwargs):
-                note(places, name)
+                if waits_for(self):
+                    note(places, name)
                 return plain(self, *args, **kwargs)
 
             patch.setattr(torch.Tensor, name, counting)
-        with _Counting(places):
+        if device is not None:
+            _count_copies(patch, places, device)
+        with _Counting(places, waits_for):
             yield places
+
+
+def _count_copies(patch, places: Counter[str], device: Pretended) -> None:
+    """Count copies between host and device, but those of ``to_device``, which pins what it copies."""
+    moves, makes = torch.Tensor.to, torch.tensor
+
+    def to(self, *args, **kwargs):
+        moved = moves(self, *args, **kwargs)
+        if device.has(moved) != device.has(self) and sys._getframe(1).f_code.co_name != "to_device":
+            note(places, "a copy to the device" if device.has(moved) else "a copy to the host")
+        return moved
+
+    def cpu(self):
+        return self.to("cpu")
+
+    def tensor(*args, **kwargs):
+        made = makes(*args, **kwargs)
+        if device.has(made):
+            note(places, "torch.tensor on the device")
+        return made
+
+    for name, one in (("to", to), ("cpu", cpu)):
+        patch.setattr(torch.Tensor, name, one)
+    patch.setattr(torch, "tensor", tensor)
 
 
 load_presets()
