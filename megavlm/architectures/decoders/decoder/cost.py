@@ -16,6 +16,8 @@ from megavlm.architectures.decoders.decoder.cross_cost import cross_kept as cros
 from megavlm.architectures.decoders.decoder.cross_cost import cross_linear_parameters as cross_linear_parameters
 from megavlm.architectures.decoders.decoder.cross_cost import cross_parameters as cross_parameters
 from megavlm.architectures.decoders.decoder.cross_cost import cross_work as cross_work
+from megavlm.architectures.decoders.decoder.window_cost import attended as attended
+from megavlm.architectures.decoders.decoder.window_cost import masks_kept
 from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, Target, targets_of
 from megavlm.config.schema import LoraConfig
 
@@ -266,7 +268,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         attention += 4 * tokens * language.rotary_channels * b
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
-    attention += _masks_kept(language, tokens, b)
+    attention += masks_kept(language, tokens, b)
     if language.head_layernorm:  # keys are there already, and queries, unless several share a key
         read = queries * int(language.num_attention_heads != language.num_query_groups)
         scales = 8 * (queries + keys) // language.kv_channels  # mean and deviation of each head, in fp32
@@ -385,7 +387,7 @@ def shared_kept(language: DecoderConfig, tokens: int) -> int:
 def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
     """Return what of ``layer_kept`` is not kept where the core attention is recomputed."""
     heads = language.num_attention_heads // shards.tensor
-    kept = tokens * heads * 4 + _masks_kept(language, tokens, kernels.number_bytes)
+    kept = tokens * heads * 4 + masks_kept(language, tokens, kernels.number_bytes)
     if shards.context > 1 and not kernels.fused:  # keys and values of the pack; what they are made of stays, as without
         queries, keys = (n * language.kv_channels for n in (heads, _local_groups(language, shards.tensor)))
         held = _projected_by_norms(language, shards.tensor, kernels.number_bytes)
@@ -425,44 +427,6 @@ def layer_passing(
     # What ranks gather to share key/value heads, before and after it is put in order, or its gradient. The rest of the
     # layer is not there yet, or no more.
     return LayerPassing(forward, backward, gathered=2 * tokens * _gathered_width(language, tp) * b)
-
-
-def _layers_in_window(language: DecoderConfig) -> int:
-    """Return the layers that attend in a window: all but every so manieth."""
-    if language.sliding_window is None:
-        return 0
-    every = language.sliding_window_pattern
-    return language.num_layers - (language.num_layers // every if every else 0)
-
-
-def _masks_kept(language: DecoderConfig, tokens: int, number_bytes: int) -> int:
-    """Return the bytes of masks that attention in windows keeps, of an average layer and one sample of all tokens.
-
-    It goes on by a window of queries, which see that window and the one before (``megavlm.layers.attention``); torch
-    keeps the mask of each step as numbers of the queries' type.
-    """
-    window = language.sliding_window or 0
-    if tokens <= window or not _layers_in_window(language):
-        return 0
-    pairs = window * window + (tokens - window) * (2 * window - 1)
-    return pairs * number_bytes * _layers_in_window(language) // language.num_layers
-
-
-@with_all_keys
-def attended(language: DecoderConfig, tokens: float, squared_lengths: float) -> float:
-    """Return the sum of squares that attention of an average layer is worth: less than that of lengths, with a window.
-
-    A segment of L positions has L^2 / 2 pairs, and L W - W^2 / 2 within a window of W. The segments are taken to be of
-    one length, that of the segment of an average position. Of one that is all prefix there are L^2 pairs; how much of a
-    sample is answer is not known here, and of those that have prefixes it is the smaller part.
-    """
-    if language.attention_mask == "prefix":
-        return 2 * squared_lengths
-    window, inside = language.sliding_window or 0, _layers_in_window(language)
-    if not inside or squared_lengths <= tokens * window:
-        return squared_lengths
-    narrow = tokens * (2 * window - window * window * tokens / squared_lengths)
-    return (inside * narrow + (language.num_layers - inside) * squared_lengths) / language.num_layers
 
 
 @with_all_keys
