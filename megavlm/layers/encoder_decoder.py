@@ -12,8 +12,8 @@ The block takes and gives the rows of the whole pack, as Megatron-Core's GPTMode
 layer: those of the encoder come back as zeros, and no loss counts them.
 
 Shape legend: S positions of a pack, P and Q those of the encoder and of the decoder with what fills them up for
-sequence parallelism, K keys, N heads of this tensor-parallel rank, D width of a head, E width of the model, L one more than the
-largest distance.
+sequence parallelism, K keys, N heads of this tensor-parallel rank, D width of a head, E width of the model, L one more
+than the largest distance.
 """
 
 from __future__ import annotations
