@@ -67,8 +67,7 @@ SLOW = (
 blip2, tests/architectures/test_{reducers,pairs}.py."""
 REPOSITORY = Path(__file__).parents[2]
 EVERY = {**ROWS, **TRAINED_ONLY}
-SIZES = (1, 2, 4, 8)
-"""Tensor-parallel sizes."""
+SIZES = (1, 2, 4, 8)  # tensor-parallel
 SHORT_SIZES = ("llava_1_5_7b", "llava_1_6_mistral_7b", "llava_onevision_0_5b", "internvl3_5_1b", "qwen_vl_7b")
 """Presets that ``make test`` counts; of the others test-families does."""
 
@@ -355,9 +354,9 @@ def model_of(preset: str) -> ModelConfig:
 
 
 def recipe_of(model: dict[str, Any], tensor: int) -> Recipe:
-    words = [f"model={json.dumps(model)}", f"parallel.tensor_model_parallel_size={tensor}"]
-    words.append("data.balance_images=false")  # which asks for a cost, that not all have
-    return load_recipe("internvl3_8b/sft", [*words, "parallel.pipeline_model_parallel_size=1"], expand_presets)
+    own = f"model={json.dumps(model)}", f"parallel.tensor_model_parallel_size={tensor}"
+    more = ("parallel.pipeline_model_parallel_size=1", "data.balance_images=false")  # not all have a cost
+    return load_recipe("internvl3_8b/sft", [*own, *more], expand_presets)
 
 
 @contextlib.contextmanager
