@@ -215,7 +215,8 @@ def _register_of_the_blip_line() -> None:
         MODELS.register(
             name,
             vision={
-                "preset": f"eva01_clip_g_14_{side}", "post_layernorm_epsilon": 1e-5, "class_feature": True,
+                "preset": "eva01_clip_g_14_224", "image_size": side, "post_layernorm_epsilon": 1e-5,
+                "class_feature": True,
             },
             connector={"preset": "q_former", "trained": "projection", "projection_hidden_size": 4096},
             language={
