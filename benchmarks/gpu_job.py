@@ -182,10 +182,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     check_recipe(recipe, job.get("ranks", 1))
     check_machine(recipe, this_machine())
     image_token = recipe.model.language.vocab_size - 1
-    before = 0.0  # what an earlier job of this process left
-    if has_cuda():
-        before = torch.cuda.memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
+    before = _left_over_gib()
     with process_groups(recipe.parallel, recipe.training.seed):
         training = build_training(recipe, image_token)
         if job.get("own_weights"):
@@ -242,6 +239,16 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         **more,
         **(predicted(recipe, counts) if job.get("ranks", 1) == 1 else {}),
     }
+
+
+def _left_over_gib() -> float:
+    """Return what an earlier job of this process left on the device; count the peak anew."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**30
 
 
 def _release(training: TrainingModel) -> None:
