@@ -106,7 +106,14 @@ TINY_EXPERTS: dict[str, Any] = {
     "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 40, "moe_shared_expert_intermediate_size": 48,
     "moe_layer_freq": (0, 1),
 }  # fmt: skip
-WORK = ("gated_linear_unit", "use_parallel_residual", "visual_expert", "cross_hidden_size", "qk_layernorm", "lm_head_bias")
+WORK = (
+    "gated_linear_unit",
+    "use_parallel_residual",
+    "visual_expert",
+    "cross_hidden_size",
+    "qk_layernorm",
+    "lm_head_bias",
+)
 WORK += ("sliding_window", "sliding_window_pattern", "post_layernorms", "head_layernorm", *TINY_EXPERTS)
 
 
@@ -136,7 +143,7 @@ KINDS = kinds()
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_language_model(name: str) -> None:
     """Experts, experts for pictures, Mamba and all others: to the operation."""
-    model = {"preset": "tiny", "vision": dict(image_size=32, positional_grid=2), "connector": {"num_queries": 4}}
+    model = {"preset": "tiny", "vision": {"image_size": 32, "positional_grid": 2}, "connector": {"num_queries": 4}}
     own = tiny_recipe(model={**model, "language": KINDS[name]})
     language, tokens, squares = own.model.language, sum(LENGTHS), sum(length**2 for length in LENGTHS)
     with counted() as counter:
