@@ -1,11 +1,11 @@
 """The planner's model of time against published training runs: tokens/s predicted beside tokens/s published.
 
-``python benchmarks/planner_published.py`` prints the tables of docs/planning.md. A row is a model on a TP x PP layout,
-or on one GPU, whose layout, batch and lengths its source names; with CP, or with experts on EP. Of the dense rows on
-H100s every second one was fitted on, in the order of ``DENSE_ROWS``, and then of those with experts; the rest of them, all
-rows with CP and all rows on other GPUs are what the error is reported on. ``--fit`` fits the efficiencies of ``FITTED``
-and ``FITTED_EXPERTS`` again, on those halves alone. No constant belongs to a row: what differs between rows is model,
-layout, batch, number format and GPU.
+``python benchmarks/planner_published.py`` prints the tables of docs/planning.md. A row is a model on a TP x PP
+layout, or on one GPU, whose layout, batch and lengths its source names; with CP, or with experts on EP. Of the dense
+rows on H100s every second one was fitted on, in the order of ``DENSE_ROWS``, and then of those with experts; the rest
+of them, all rows with CP and all rows on other GPUs are what the error is reported on. ``--fit`` fits the
+efficiencies of ``FITTED`` and ``FITTED_EXPERTS`` again, on those halves alone. No constant belongs to a row: what
+differs between rows is model, layout, batch, number format and GPU.
 
 The models are language models, or trained as such: the recipe has a small frozen tower to which no picture comes.
 """
