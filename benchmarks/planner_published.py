@@ -1,10 +1,11 @@
 """The planner's model of time against published training runs: tokens/s predicted beside tokens/s published.
 
-``python benchmarks/planner_published.py`` prints the table of docs/planning.md. A row is a dense model on a TP x PP
-layout, or on one GPU, whose layout, batch and lengths its source names. Of the rows on H100s every second one was
-fitted on, in the order of ``ROWS``; the rest of them, and all rows on other GPUs, are what the error is reported on.
-``--fit`` fits the efficiencies of ``FITTED`` again, on that half alone. No constant belongs to a row: what differs
-between rows is model, layout, batch, number format and GPU.
+``python benchmarks/planner_published.py`` prints the tables of docs/planning.md. A row is a model on a TP x PP
+layout, or on one GPU, whose layout, batch and lengths its source names; with CP, or with experts on EP. Of the dense
+rows on H100s every second one was fitted on, in the order of ``DENSE_ROWS``, and then of those with experts; the rest
+of them, all rows with CP and all rows on other GPUs are what the error is reported on. ``--fit`` fits the
+efficiencies of ``FITTED`` and ``FITTED_EXPERTS`` again, on those halves alone. No constant belongs to a row: what
+differs between rows is model, layout, batch, number format and GPU.
 
 The models are language models, or trained as such: the recipe has a small frozen tower to which no picture comes.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -24,14 +26,18 @@ from pydantic import TypeAdapter
 from megavlm.config.schema import Recipe
 from megavlm.families.presets import expand_presets
 from megavlm.planning.gpus import Gpu, find_gpu
-from megavlm.planning.layout import layout_of
+from megavlm.planning.layout import Layout, layout_of
 from megavlm.planning.seconds import StepTime
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload
 
-FITTED = {"fp8_gemm": (0.45, 0.75), "attention": (0.3, 0.7)}
-"""Efficiencies of Hopper that are fitted, and between what."""
+Bounds = dict[str, tuple[float, float, float]]
+FITTED: Bounds = {"fp8_gemm": (0.45, 0.75, 0.01), "attention": (0.3, 0.7, 0.01)}
+"""Efficiencies of Hopper that are fitted on dense models, between what, and to what step."""
+FITTED_EXPERTS: Bounds = {"expert_layer": (0.0, 3e-3, 1e-4)}
+"""What is then fitted on models with experts."""
 FITTED_GPU = "h100-80g"
+HOPPERS = (FITTED_GPU, "h800-80g")
 SAMPLES = 20
 """Samples of a pack of 4096 tokens of SQuAD: some 200 tokens each."""
 
@@ -48,6 +54,12 @@ class Shape:
     groups: int
     vocabulary: int
     channels: int | None = None
+    experts: int | None = None
+    """Experts of each layer; ``ffn`` is then the width of one."""
+    topk: int = 0
+    """Experts that a token is sent to."""
+    window: int | None = None
+    """Sliding window of every other layer."""
 
 
 def _ungated(width: int) -> int:
@@ -72,6 +84,10 @@ MODELS = {
     "Qwen2.5 7B": Shape(28, 3584, 18944, 28, 4, 152064),
     "Qwen2.5-VL 7B": Shape(28, 3584, 18944, 28, 4, 152064),
     "Qwen2.5 14B": Shape(48, 5120, 13824, 40, 8, 152064),
+    "Llama 3.1 405B": Shape(126, 16384, 53248, 128, 8, 128256),
+    "Qwen3 30B-A3B": Shape(48, 2048, 768, 32, 4, 151936, 128, experts=128, topk=8),
+    "Qwen3 235B-A22B": Shape(94, 4096, 1536, 64, 4, 151936, 128, experts=128, topk=8),
+    "GPT-OSS 120B": Shape(36, 2880, 2880, 64, 8, 201088, 64, experts=128, topk=4, window=128),
 }
 
 
@@ -107,11 +123,24 @@ class Row:
     recompute: str | None = None
     overlap: bool = False
     """Tensor-parallel collectives under the products (user buffers), as the source's recipe says."""
+    cp: int = 1
+    ep: int = 1
+    dispatch: str = ""
+    """How tokens are sent to experts and what hides it, where that is nothing that megavlm has; such rows are not
+    fitted on."""
+    ends: bool = False
+    """The embedding and the output layer stand for a layer each where stages get theirs (126 layers as 128)."""
 
     @property
     def layout(self) -> str:
-        """TP x PP x VPP x DP."""
-        return f"{self.tp} x {self.pp} x {self.vpp or '-'} x {self.gpus // (self.tp * self.pp)}"
+        """TP x PP x VPP x DP, and what else there is."""
+        own = f"{self.tp} x {self.pp} x {self.vpp or '-'} x {self.data}"
+        return own + f", CP {self.cp}" * (self.cp > 1) + f", EP {self.ep}" * (self.ep > 1)
+
+    @property
+    def data(self) -> int:
+        """Replicas."""
+        return self.gpus // (self.tp * self.pp * self.cp)
 
 
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -139,7 +168,7 @@ def _tuned(model: str, task: str, gpus: int, *rest: Any, **more: Any) -> Row:
 
 _GB200: dict[str, Any] = {**_BRIDGE_KEYS, "gpu": "gb200"}
 
-ROWS = (
+DENSE_ROWS = (
     _pre("Llama 3 70B", 64, 256, 1, 8192, 4, 8, 5, 1664, 731, **_BRIDGE_KEYS),
     _pre("Llama 3 70B", 64, 128, 1, 8192, 4, 8, 5, 1602, 719, **_BRIDGE_KEYS),
     _tuned("Llama 3 70B", "SFT", 32, 4, 4, 5, 1638, 710, **_BRIDGE_KEYS),
@@ -167,6 +196,10 @@ ROWS = (
         _SWIFT, "Qwen2.5-VL 7B", "SFT", 2, 4, 1, 2048, 2, 1, None, 4 * 2048 / 4.1 / 2, gpu="a100-80g", fp8=None,
         samples=10, recompute="full",
     ),
+    Row(
+        _SWIFT, "Qwen2.5-VL 7B", "LoRA", 2, 4, 1, 2048, 2, 1, None, 4 * 2048 / 3.8 / 2, gpu="a100-80g", fp8=None,
+        samples=10, recompute="full", targets=_ALL, rank=8,
+    ),
     _pre("Llama 3 8B", 8, 128, 2, 8192, 1, 1, None, 30624, 1576, gpu="b200", **_BRIDGE_KEYS),
     _pre("Llama 3 8B", 8, 128, 2, 8192, 1, 1, None, 31508, 1622, **_GB200),
     _pre("Llama 3 70B", 64, 256, 1, 8192, 2, 4, 5, 3712, 1664, **{**_GB200, "fp8": "mxfp8"}),
@@ -174,12 +207,59 @@ ROWS = (
     _tuned("Llama 3 70B", "LoRA", 8, 1, 2, 20, 6206, 1731, **_GB200),
 )  # fmt: skip
 
+_CP: dict[str, Any] = {**_BRIDGE_KEYS, "cp": 2, "ends": True}
+_X: dict[str, Any] = {"source": "xtuner", "gpu": "h800-80g", "fp8": None, "ep": 8, "ends": True}
+_ZOO: dict[str, Any] = {"source": "MoE ModelZoo", "fp8": None, "ep": 8, "ends": True}
+_BRIDGE_MOE: dict[str, Any] = {"source": _BRIDGE}
+_OVERLAPPED: dict[str, Any] = {"source": _BRIDGE, "ep": 32, "dispatch": "overlapped"}
+_B200: dict[str, Any] = {"gpu": "b200", "fp8": "mxfp8"}
+
+
+def _xtuner(batch: int, micro: int, tp: int, pp: int, vpp: int | None, published: float, **more: Any) -> Row:
+    return _pre("Qwen3 235B-A22B", 256, batch, micro, 4096, tp, pp, vpp, published, None, **{**_X, **more})
+
+
+CONTEXT_ROWS = (
+    _pre("Llama 3 8B", 8, 128, 1, 8192, 1, 1, None, 12036, 697, **{**_NEMO_KEYS, "cp": 2}),
+    _pre("Llama 3 70B", 64, 128, 1, 8192, 4, 4, 5, 1533, 738, **{**_NEMO_KEYS, "cp": 2}),
+    _pre("Llama 3.1 405B", 1024, 512, 1, 8192, 8, 8, 8, 292, 737, **_CP),
+    _pre("Llama 3.1 405B", 1024, 1536, 1, 8192, 8, 8, 8, 326, 822, **_CP),
+    _pre("Llama 3.1 405B", 128, 64, 1, 8192, 4, 8, 8, 661, 1667, gpu="b200", **_CP),
+)
+EXPERT_ROWS = (
+    _pre("Qwen3 30B-A3B", 16, 1024, 1, 4096, 1, 1, None, 8826, 203, ep=16, dispatch="HybridEP", **_BRIDGE_MOE),
+    _pre("GPT-OSS 120B", 64, 1280, 1, 4096, 1, 4, None, 5824, 158, fp8=None, ep=8, **_BRIDGE_MOE),
+    _pre("Qwen3 235B-A22B", 256, 8192, 1, 4096, 2, 8, 4, 1712, 253, ends=True, **_OVERLAPPED),
+    _pre("Qwen3 30B-A3B", 16, 1024, 1, 4096, 1, 2, 12, 9058, 208, ep=8, **_BRIDGE_MOE),
+    _pre("GPT-OSS 120B", 64, 512, 4, 4096, 1, 4, None, 5630, 153, fp8=None, ep=8, **_BRIDGE_MOE),
+    _pre("Qwen3 30B-A3B", 16, 512, 2, 4096, 1, 2, 24, 5275, 121, ep=8, **_BRIDGE_MOE),
+    _pre("Qwen3 235B-A22B", 256, 2048, 1, 4096, 2, 8, 4, 1575, 233, ends=True, **_OVERLAPPED),
+    _pre("Qwen3 235B-A22B", 64, 1024, 1, 4096, 1, 8, 2, 3269, 484, ep=8, ends=True, **{**_BRIDGE_MOE, **_B200}),
+    _pre("Qwen3 235B-A22B", 256, 2048, 1, 4096, 2, 32, 3, 2048 * 4096 / 24.2 / 256, 200, **_ZOO),
+    _xtuner(2048, 1, 2, 32, 3, 1461.56),
+    _xtuner(2048, 1, 4, 8, 4, 923.53),
+    _xtuner(2048, 1, 2, 8, 4, 925.87, ep=32),
+    _xtuner(2048, 1, 2, 8, None, 1104.8),
+    _xtuner(2048, 1, 2, 8, None, 1119.26, overlap=True),
+    _xtuner(4096, 4, 2, 32, 3, 1506.76, recompute="full"),
+    _xtuner(8192, 4, 2, 32, None, 1414.68, recompute="full"),
+    _xtuner(4096, 4, 1, 32, 3, 1540.68, recompute="full"),
+    _xtuner(8192, 8, 1, 32, 3, 1520.8, recompute="full"),
+)
+"""Experts; in the order of their pages, each layout's newest figure. xtuner's recomputation of norms and activations is
+left out, as little work."""
+ROWS = DENSE_ROWS + CONTEXT_ROWS + EXPERT_ROWS
+
 
 def recipe_of(row: Row) -> Recipe:
     """Return the run as a recipe of megavlm."""
     shape = MODELS[row.model]
     frozen = {"freeze": True}
-    sequence_parallel, data = row.tp > 1, row.gpus // (row.tp * row.pp)
+    sequence_parallel, shards = row.tp > 1, row.data * row.cp
+    experts = {
+        "num_moe_experts": shape.experts, "moe_router_topk": shape.topk, "moe_ffn_hidden_size": shape.ffn,
+    } if shape.experts else {}  # fmt: skip
+    window = {"sliding_window": shape.window, "sliding_window_pattern": 2} if shape.window else {}
     tree: dict[str, Any] = {
         "output_dir": "unused",
         "model": {
@@ -189,13 +269,15 @@ def recipe_of(row: Row) -> Recipe:
                 "preset": "llama2_7b", "num_layers": shape.layers, "hidden_size": shape.hidden,
                 "ffn_hidden_size": shape.ffn, "num_attention_heads": shape.heads, "num_query_groups": shape.groups,
                 "kv_channels": shape.channels or shape.hidden // shape.heads, "vocab_size": shape.vocabulary,
-                "max_position_embeddings": row.length,
+                "max_position_embeddings": row.length, **experts, **window,
             },
         },
         "parallel": {
             "tensor_model_parallel_size": row.tp, "pipeline_model_parallel_size": row.pp,
             "virtual_pipeline_model_parallel_size": row.vpp, "sequence_parallel": sequence_parallel,
-            "recompute_granularity": row.recompute, "overlap_grad_reduce": data > 1, "overlap_param_gather": data > 1,
+            "recompute_granularity": row.recompute, "overlap_grad_reduce": shards > 1,
+            "overlap_param_gather": shards > 1,
+            "context_parallel_size": row.cp, "expert_model_parallel_size": row.ep,
         },
         "engine": {
             "fp8": "hybrid" if row.fp8 else None, "fp8_recipe": row.fp8 or "tensorwise",
@@ -211,22 +293,36 @@ def recipe_of(row: Row) -> Recipe:
     return TypeAdapter(Recipe).validate_python(expand_presets(tree))
 
 
+def whole_layout(row: Row, recipe: Recipe) -> Layout:
+    """Return where the recipe runs; megavlm's own recipes have no ``ends``."""
+    if not row.ends:
+        return layout_of(recipe, row.gpus)
+    count = row.pp * (row.vpp or 1)
+    even = dataclasses.replace(recipe.model.language, num_layers=recipe.model.language.num_layers + 2)
+    layout = layout_of(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, language=even)), row.gpus)
+    fewer = {0: 1, count - 1: 1}
+    chunks = [dataclasses.replace(one, layers=one.layers - fewer.get(one.index, 0)) for one in layout.chunks]
+    begins = [sum(one.layers for one in chunks[:number]) for number in range(count)]
+    own = tuple(dataclasses.replace(one, begin=begin) for one, begin in zip(chunks, begins, strict=True))
+    return dataclasses.replace(layout, chunks=own)
+
+
 def gpu_of(row: Row) -> Gpu:
-    """Return the GPU: an A800 is an A100 whose NVLink was cut to 400 GB/s both ways."""
-    if row.gpu == "a800-80g":
-        return dataclasses.replace(find_gpu("a100-80g"), name=row.gpu, nvlink=200e9)
+    """Return the GPU: an A800 or H800 is an A100 or H100 whose NVLink was cut to 400 GB/s both ways."""
+    if row.gpu in ("a800-80g", "h800-80g"):
+        return dataclasses.replace(find_gpu(row.gpu.replace("800", "100")), name=row.gpu, nvlink=200e9)
     return find_gpu(row.gpu)
 
 
 def predict(row: Row, **efficiencies: float) -> StepTime:
     """Return the predicted step; ``efficiencies`` take the place of Hopper's."""
     recipe, gpu = recipe_of(row), gpu_of(row)
-    if efficiencies and gpu.name == "h100-80g":
+    if efficiencies and gpu.name in HOPPERS:
         gpu = dataclasses.replace(gpu, efficiency=dataclasses.replace(gpu.efficiency, **efficiencies))
     load = Workload(
         tokens=row.micro * row.length, images=0.0, views=0.0, most_views=0, samples=float(row.micro * row.samples)
     )
-    return Timer(recipe, layout_of(recipe, row.gpus), gpu, load).step()
+    return Timer(recipe, whole_layout(row, recipe), gpu, load).step(whole=False)
 
 
 def tokens_per_second(row: Row, time: StepTime) -> float:
@@ -234,25 +330,31 @@ def tokens_per_second(row: Row, time: StepTime) -> float:
     return row.batch * row.length / time.step / row.gpus
 
 
+@functools.cache
 def error(row: Row, **efficiencies: float) -> float:
     """Return predicted over published, less one."""
     return tokens_per_second(row, predict(row, **efficiencies)) / row.published - 1
 
 
-def on_fitted_gpu() -> list[Row]:
-    """Return the rows on the GPU whose efficiencies are fitted."""
-    return [row for row in ROWS if row.gpu == FITTED_GPU]
+def on_hopper(rows: Iterable[Row]) -> list[Row]:
+    """Return those on the GPUs whose efficiencies are fitted, and of what megavlm can do."""
+    return [row for row in rows if row.gpu in HOPPERS and not row.dispatch]
 
 
 def fitted_half() -> list[Row]:
     """Return the rows that efficiencies were fitted on."""
-    return on_fitted_gpu()[::2]
+    return on_hopper(DENSE_ROWS)[::2]
 
 
-def held_out() -> list[Row]:
+def fitted_experts() -> list[Row]:
+    """Return the rows that what experts add was fitted on."""
+    return on_hopper(EXPERT_ROWS)[::2]
+
+
+def held_out(rows: Iterable[Row] = ROWS) -> list[Row]:
     """Return the others."""
-    half = fitted_half()
-    return [row for row in ROWS if row not in half]
+    half = [*fitted_half(), *fitted_experts()]
+    return [row for row in rows if row not in half]
 
 
 def loss(rows: Iterable[Row], **efficiencies: float) -> float:
@@ -260,16 +362,16 @@ def loss(rows: Iterable[Row], **efficiencies: float) -> float:
     return sum(math.log1p(error(row, **efficiencies)) ** 2 for row in rows)
 
 
-def fit(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the efficiencies, to the hundredth, that no change of one of them makes better."""
-    best = {name: round((low + high) / 2, 2) for name, (low, high) in FITTED.items()}
+def fit(rows: Sequence[Row], bounds: Bounds) -> dict[str, float]:
+    """Return the efficiencies, to their step, that no change of one of them makes better."""
+    best = {name: round(round((low + high) / 2 / size) * size, 4) for name, (low, high, size) in bounds.items()}
     least = loss(rows, **best)
     moved = True
     while moved:
         moved = False
-        for name, (low, high) in FITTED.items():
-            for step in (0.01, -0.01):
-                while low <= (value := round(best[name] + step, 2)) <= high:
+        for name, (low, high, size) in bounds.items():
+            for step in (size, -size):
+                while low <= (value := round(best[name] + step, 4)) <= high:
                     found = loss(rows, **{**best, name: value})
                     if found >= least:
                         break
@@ -282,49 +384,54 @@ def median(rows: Iterable[Row], **efficiencies: float) -> float:
     return statistics.median(abs(error(row, **efficiencies)) for row in rows)
 
 
-def table() -> str:
-    """Return the table of docs/planning.md, and what comes of it."""
-    half = fitted_half()
+def table(rows: Sequence[Row], half: Sequence[Row]) -> str:
+    """Return a table of docs/planning.md, and what comes of it."""
     lines = [
         "| source | model, task | GPUs | TP x PP x VPP x DP | sequences | published | predicted | error | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in ROWS:
-        predicted = tokens_per_second(row, predict(row))
+    for row in rows:
+        off = error(row)
         name = row.gpu.partition("-")[0].upper()
         form = "BF16" if row.fp8 is None else "MXFP8" if row.fp8 == "mxfp8" else "FP8"
         lines.append(
             f"| {row.source} | {row.model} {row.task} | {row.gpus} {name}, {form} | {row.layout} |"
-            f" {row.batch} of {row.length} | {row.published:,.0f} | {predicted:,.0f} |"
-            f" {100 * (predicted / row.published - 1):+.0f} % | {'fitted' if row in half else ''} |"
+            f" {row.batch} of {row.length} | {row.published:,.0f} | {row.published * (1 + off):,.0f} |"
+            f" {100 * off:+.0f} % | {'fitted' if row in half else row.dispatch} |"
         )
-    others = held_out()
+    others = held_out(rows)
+    hopper = on_hopper(others)
     worst = max(others, key=lambda row: abs(error(row)))
     lines += [
         "",
-        f"Median error: {100 * median(half):.1f} % of the {len(half)} rows that were fitted on,"
-        f" {100 * median(others):.1f} % of the {len(others)} others"
-        f" ({100 * median(row for row in others if row.gpu == FITTED_GPU):.1f} % on H100s,"
-        f" {100 * median(row for row in others if row.gpu != FITTED_GPU):.1f} % on other GPUs);"
+        "Median error:"
+        + (f" {100 * median(half):.1f} % of the {len(half)} rows that were fitted on," if half else "")
+        + f" {100 * median(others):.1f} % of the {len(others)} {'others' if half else 'rows'}"
+        f" ({100 * median(hopper):.1f} % of the {len(hopper)} on Hopper that megavlm could run as they did);"
         f" the largest is {100 * error(worst):+.0f} % ({worst.model} {worst.task}, {worst.source}).",
     ]
     return "\n".join(lines)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Print the table, or fit."""
+    """Print the tables, or fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="fit the efficiencies again and print them")
     if not parser.parse_args(words).fit:
-        print(table())
+        print(table(DENSE_ROWS, fitted_half()), table(CONTEXT_ROWS, []), sep="\n\n")
+        print(f"\n{table(EXPERT_ROWS, fitted_experts())}")
         return
-    own = [row for row in on_fitted_gpu() if row.source == _NEMO]
-    for name, rows in (("every second row", fitted_half()), (f"the rows of {_NEMO}", own)):
-        found = fit(rows)
-        others = [row for row in on_fitted_gpu() if row not in rows]
+    own = [row for row in on_hopper(DENSE_ROWS) if row.source == _NEMO]
+    for name, rows, among, bounds in (
+        ("every second row", fitted_half(), DENSE_ROWS, FITTED),
+        (f"the rows of {_NEMO}", own, DENSE_ROWS, FITTED),
+        ("every second row of experts", fitted_experts(), EXPERT_ROWS, FITTED_EXPERTS),
+    ):
+        found = fit(rows, bounds)
+        others = [row for row in on_hopper(among) if row not in rows]
         print(
             f"fitted on {name}: {found}; median error {100 * median(rows, **found):.1f} %,"
-            f" of the other rows on H100s {100 * median(others, **found):.1f} %"
+            f" of the other rows on Hopper {100 * median(others, **found):.1f} %"
         )
 
 

@@ -22,22 +22,28 @@ def kinds_of(recipe: Recipe, chunk: Chunk) -> list[tuple[LanguageConfig, int]]:
 
 
 def dispatch_seconds(layout: Layout, gpu: Gpu, moved: float) -> float:
-    """Return the seconds of an all-to-all by which ranks send ``moved`` bytes each to where their tokens' experts are.
+    """Return the seconds in which ranks send ``moved`` bytes each to where their tokens' experts are.
 
     Each sends as much to every rank that has some of the experts. Those ranks lie side by side: a node has as many of
-    them as it can.
+    them as it can. Ranks that share an expert then gather what each of them got, or add up what they give.
     """
-    ranks = layout.experts
-    if ranks == 1 or not moved:
+    ranks, sharing = layout.experts, layout.expert_tensor
+    if not moved:
         return 0.0
+    gathered = moved * (sharing - 1) / (gpu.nvlink * gpu.efficiency.nvlink) + COLLECTIVE_SECONDS if sharing > 1 else 0.0
+    if ranks == 1:
+        return gathered
     inside = min(ranks, max(GPUS_PER_NODE // layout.expert_tensor, 1))
     beside = moved * (inside - 1) / ranks / (gpu.nvlink * gpu.efficiency.nvlink)
     away = moved * (ranks - inside) / ranks / (gpu.network * gpu.efficiency.network)
-    return beside + away + COLLECTIVE_SECONDS
+    return gathered + beside + away + COLLECTIVE_SECONDS
 
 
 def expert_layouts(recipe: Recipe, ranks: int) -> Iterator[dict[str, Any]]:
-    """Yield the ``parallel`` values of experts that ``ranks`` of a stage may try: each expert whole on one of them."""
+    """Yield the ``parallel`` values of experts that ``ranks`` of a stage may try.
+
+    Each expert lies whole on one of them, or, where they are not spread, is cut by TP as other layers are.
+    """
     count = getattr(recipe.model.language, "num_moe_experts", None)
     if not any(recipe.model.language.expert_layers) or count is None:
         yield {}

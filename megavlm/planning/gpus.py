@@ -37,6 +37,9 @@ class Efficiency:
     """Collectives in a node, of NVLink's rate in one direction."""
     network: float
     """Collectives and messages between nodes, of the network cards' rate."""
+    expert_layer: float = 1.5e-3
+    """Not a share: seconds of a layer with experts, forward, beside its work; backward it is twice that. The host waits
+    to learn how many tokens go where, and then starts a product for each expert, while the GPU has nothing to do."""
 
 
 @dataclass(frozen=True)

@@ -289,4 +289,6 @@ def efficiency_table() -> str:
     for name, words in _EFFICIENCIES.items():
         shares = [getattr(kind, name) for kind in kinds]
         lines.append(f"| {words} | " + " | ".join(f"{share:.2f}" if share else "-" for share in shares) + " |")
+    own = " | ".join(f"{1e3 * kind.expert_layer:g} ms" for kind in kinds)
+    lines.append(f"| no share: a layer with experts, beside its work, forward | {own} |")
     return "\n".join(lines)

@@ -192,6 +192,11 @@ class Timer:
         )
         more = self._adapters(kind)
         forward, backward = forward + more[0] + ring, backward + more[1] + back_ring
+        if passage.dispatched:
+            forward, backward = (
+                forward + self.gpu.efficiency.expert_layer,
+                backward + 2 * self.gpu.efficiency.expert_layer,
+            )
         # The reduction of input gradients runs under the product for the weights, where there is one.
         exposed = (2 if self.layout.sequence_parallel else 0) if learns else 4
         back_wires = self._tensor_parallel(wide, exposed, beside_products=True) + sharing

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megavlm.architectures.cost import Kernels, attended_squares
 from megavlm.architectures.decoders.decoder import cost
+from megavlm.config.architecture import LANGUAGE
 from megavlm.config.schema import ParallelConfig
+from megavlm.families.presets import load_presets
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 from megavlm.planning.flops import (
@@ -93,6 +95,65 @@ def test_language_model(language: dict[str, Any]) -> None:
     padded = -(-language.vocab_size // language.vocab_divisor) * language.vocab_divisor
     rows = 2 * tokens * language.hidden_size * (padded - language.vocab_size)
     assert language_flops(language, tokens, squares) + upper_half + rows == counter.get_total_flops()
+
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2, "num_attention_heads": 4, "num_query_groups": 2,
+    "kv_channels": 16, "vocab_size": 509, "output_vocab_size": None, "max_position_embeddings": 2048,
+    "intermediate_size": 128, "time_step_rank": 5,
+}  # fmt: skip
+TINY_EXPERTS: dict[str, Any] = {
+    "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 40, "moe_shared_expert_intermediate_size": 48,
+    "moe_layer_freq": (0, 1),
+}  # fmt: skip
+WORK = (
+    "gated_linear_unit",
+    "use_parallel_residual",
+    "visual_expert",
+    "cross_hidden_size",
+    "qk_layernorm",
+    "lm_head_bias",
+)
+WORK += ("sliding_window", "sliding_window_pattern", "post_layernorms", "head_layernorm", *TINY_EXPERTS)
+
+
+def kinds() -> dict[str, dict[str, Any]]:
+    """Return, of all registered language models, one preset of each that differs in what it computes, with tiny sizes.
+
+    Layers that attend to pictures instead of text are left out: tests/families/test_whole.py counts them with pictures.
+    """
+    load_presets()
+    found: dict[tuple[object, ...], tuple[str, dict[str, Any]]] = {}
+    for name in LANGUAGE.names():
+        preset = LANGUAGE.find(name)
+        own, keys = preset.values, preset.architecture.config.__pydantic_fields__  # type: ignore[attr-defined]
+        if own.get("cross_attention_layers"):
+            continue
+        small = {key: value for key, value in TINY.items() if key in keys}
+        if own.get("num_moe_experts"):
+            small |= {key: value for key, value in TINY_EXPERTS.items() if key in own or key == "moe_ffn_hidden_size"}
+        computes = (preset.architecture.name, *(repr({**own, **small}.get(key)) for key in WORK))
+        found.setdefault(computes, (name, {"preset": name, **small}))
+    return dict(found.values())
+
+
+KINDS = kinds()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_language_model(name: str) -> None:
+    """Experts, experts for pictures, Mamba and all others: to the operation."""
+    model = {"preset": "tiny", "vision": {"image_size": 32, "positional_grid": 2}, "connector": {"num_queries": 4}}
+    own = tiny_recipe(model={**model, "language": KINDS[name]})
+    language, tokens, squares = own.model.language, sum(LENGTHS), sum(length**2 for length in LENGTHS)
+    with counted() as counter:
+        built = unwrap(build_model(own, IMAGE_TOKEN)[0])
+        losses(built, pack([sample(i, length) for i, length in enumerate(LENGTHS)]))
+    dense = language_flops(language, tokens, 0)
+    attention = language_flops(language, tokens, squares) - dense  # the causal half of what torch counts
+    rows = -(-language.output_rows // 128) * 128 - language.output_rows
+    assert dense + 2 * attention + 2 * tokens * language.hidden_size * rows == counter.get_total_flops()
+    assert (attention > 0) == (LANGUAGE.find(name).architecture.name == "decoder")
 
 
 @pytest.mark.parametrize("every", [None, 3])

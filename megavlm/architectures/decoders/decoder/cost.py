@@ -460,6 +460,7 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     gathered = tokens * _gathered_width(language, tp) * b
     ffn_each, queries_each, gates = _active_width(language) / tp, width / tp, _inner_width(language)
     sent = local * language.moe_router_topk * hidden * b if language.num_moe_experts is not None else 0
+    copies = 1 if language.num_moe_experts is None else language.moe_router_topk  # of a token, as its MLPs read them
     # A norm reads and writes, a sum reads two and writes one.
     stream = 2 * (language.pre_norms + language.post_norms + int(language.attention_branch_norm)) + 6
     return LayerPassage(
@@ -473,7 +474,7 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
         + 8 * sent,  # tokens' copies are made, put in order, and added up, on both sides of what sends them
         dispatched=sent,
         gathered=gathered,
-        cast_inputs=2 * hidden + queries_each + ffn_each,
-        cast_gradients=2 * hidden + queries_each + 2 * held + gates * ffn_each,
+        cast_inputs=(1 + copies) * hidden + queries_each + ffn_each,
+        cast_gradients=(1 + copies) * hidden + queries_each + 2 * held + gates * ffn_each,
         keys_and_values=2 * tokens * held * b,
     )
