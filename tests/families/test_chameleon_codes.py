@@ -353,9 +353,7 @@ def test_what_codes_do_not_go_with_is_said_before_training(made: Made, capsys: p
     ):
         assert main(words) == 2 and line in capsys.readouterr().err
     assert not Path(out).exists()
-    with pytest.raises(
-        UserError, match=re.escape("loss.image_tokens: model.image.kind dynamic_tiles makes several views")
-    ):
+    with pytest.raises(UserError, match=re.escape("model.image.kind dynamic_tiles makes several views")):
         picture_tokens(made.recipe("loss.image_tokens=1", "model.image={kind: dynamic_tiles}"))
     with pytest.raises(UserError, match=re.escape("loss.image_tokens: pictures of the tower")):
         check_recipe(load_recipe("llava_1_5_7b/sft", ["loss.image_tokens=1"], expand_presets))
