@@ -202,7 +202,7 @@ def tinygpt_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFa
     third = replace(
         first, lr=3e-5, steps=1000, batch=6, after="tinygpt_v_224/pretrain_2", warmup=200, template=None, least=1e-5
     )
-    fourth = replace(third, lr=1e-5, steps=50_000, batch=3, after="tinygpt_v_224/sft", warmup=1000)
+    fourth = replace(third, lr=1e-5, steps=50_000, batch=4, after="tinygpt_v_224/sft", warmup=1000)
     shared: dict[str, Any] = {
         "image": {"kind": "squash"}, "headers": header, "planner": planner,
         "answers": Lack("Transformers has no class for it: answers are held against the written-out one, in `source`"),
