@@ -13,6 +13,7 @@ from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
 from megavlm.config.context import CP
+from megavlm.config.encoder import check_answers
 from megavlm.config.engine import for_inference
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
@@ -20,7 +21,6 @@ from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, tokenizer_of, with_tokenizer
 from megavlm.families.presets import expand_presets
-from megavlm.inference.generate import check_answers
 from megavlm.inference.sampling import Sampling
 from megavlm.planning.layout import with_parallel, with_placement
 
