@@ -273,7 +273,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     attention += masks_kept(language, tokens, b)
-    # Queries of several keys are copied out of what was projected; of one key that this rank has, they are a part of it.
+    # Queries of several keys are copied out of what was projected; those of a rank's only key are a part of it.
     copied = language.num_attention_heads != language.num_query_groups and _local_groups(language, tp) > 1
     if language.head_layernorm:  # keys are there already
         read = queries * int(copied)
