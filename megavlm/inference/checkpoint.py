@@ -129,11 +129,11 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
     if recipe.parallel.context_parallel_size > 1 and CP in given:
         raise UserError(f"{CP}: answers are not cut over ranks; leave it out")
     recipe = with_parallel(recipe, context_parallel_size=1, cp_comm_type="p2p")
-    # There is no training batch here and no profile: neither may rule out a layout.
+    # There is no training batch here, no profile and no panel: none may rule out a layout.
     recipe = dataclasses.replace(
         recipe,
         training=dataclasses.replace(recipe.training, global_batch_size=world_size),
-        logging=dataclasses.replace(recipe.logging, profile_ranks=(0,)),
+        logging=dataclasses.replace(recipe.logging, profile_ranks=(0,), panel_interval=None),
     )
     check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)
