@@ -16,6 +16,7 @@ def encoder_rules(recipe: Recipe) -> Iterator[str]:
     for key, wrong, why, remedy in (
         ("engine.cuda_graph_impl", engine.cuda_graph_impl != "none", "its stacks' lengths differ by the pack", "none"),
         ("engine.tp_comm_overlap", engine.tp_comm_overlap, "its linear layers are Megatron-Core's", "false"),
+        ("engine.bias_activation_fusion", engine.bias_activation_fusion == "on", "its MLP has no fused one", "auto"),
         ("logging.panel_interval", recipe.logging.panel_interval is not None, "it does not answer", "null"),
     ):
         if wrong:

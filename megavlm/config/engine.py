@@ -74,12 +74,17 @@ def _fusions(recipe: Recipe) -> Iterator[str]:
         yield f"{_KEY}cross_entropy_loss_fusion: needs training.precision bf16; set it to off or auto"
     if engine.cross_entropy_fusion_impl == "te" and engine.cross_entropy_loss_fusion != "on":
         yield f"{_KEY}cross_entropy_fusion_impl: te needs {_KEY}cross_entropy_loss_fusion on; set both"
-    if engine.apply_rope_fusion == "on" and not recipe.model.language.fused_rotary:
+    language = recipe.model.language
+    if engine.apply_rope_fusion == "on" and not language.fused_rotary:
+        why = "model.language.rotary_* ask for more"
+        if language.recurrent or language.encodes:
+            why = "Mamba has no heads" if language.recurrent else "an encoder-decoder's are not turned"
         yield (
-            f"{_KEY}apply_rope_fusion: Transformer Engine's kernel turns whole heads by one position, and "
-            + ("Mamba has no heads" if recipe.model.language.recurrent else "model.language.rotary_* ask for more")
-            + "; set it to auto or off"
+            f"{_KEY}apply_rope_fusion: Transformer Engine's kernel turns whole heads by one position, and {why}; set it"
+            " to auto or off"
         )
+    if engine.bias_activation_fusion == "on" and language.recurrent:
+        yield f"{_KEY}bias_activation_fusion: is of MLPs, and Mamba's layers have none; set it to auto"
 
 
 def _overlap(recipe: Recipe) -> Iterator[str]:

@@ -92,6 +92,6 @@ def check_spans(spans: TwoWaySpans | None, template: Template) -> None:
     """
     if spans is not None and spans.kind == "prefix" and not template.trains_answers_only:
         raise UserError(
-            f"model.template: {template.name} trains on tokens in front of an answer, which see each other with "
-            "model.language.attention_mask: prefix; name one that trains on answers alone, such as paligemma"
+            f"model.template: {template.name} trains on tokens in front of an answer, which see each other in this"
+            " model (a prefix, or an encoder); name one that trains on answers alone, such as paligemma or pali3"
         )

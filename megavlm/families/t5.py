@@ -31,9 +31,11 @@ def t5_language(config: Mapping[str, Any], where: str) -> Tree:
         raise UserError(
             f"{where}: feed_forward_proj is {gate!r}; only {' or '.join(_GATES)} is supported (T5 1.1, UL2)"
         )
-    if config.get("tie_word_embeddings") is not False:
+    # Transformers 5 writes that they are tied whatever was read, and the truth under the other name.
+    tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings"))
+    if tied is not False:
         raise UserError(
-            f"{where}: tie_word_embeddings is {config.get('tie_word_embeddings')!r}; only false is supported: output"
+            f"{where}: tie_word_embeddings is {tied!r}; only false is supported: output"
             " layers that are the embedding are the first T5s', which have no gate either"
         )
     return {

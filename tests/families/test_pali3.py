@@ -76,6 +76,8 @@ def test_steps_at_two_layouts_and_back(run_data: RunData, tmp_path: Path) -> Non
         (["logging.panel_interval=3"], "logging.panel_interval: does not go with an encoder-decoder"),
         (["engine.tp_comm_overlap=true"], "engine.tp_comm_overlap: does not go with an encoder-decoder"),
         (["engine.cuda_graph_impl=transformer_engine"], "engine.cuda_graph_impl: does not go with an encoder-decoder"),
+        (["engine.bias_activation_fusion=on"], "engine.bias_activation_fusion: does not go with an encoder-decoder"),
+        (["engine.apply_rope_fusion=on"], "by one position, and an encoder-decoder's are not turned"),
         (["engine.fp8=hybrid"], "FP8 is not known to fit the encoder_decoder architecture"),
         (["lora.rank=8", "lora.targets=[q]"], "'tiny_t5' is of an architecture that names no layers for adapters"),
     ],

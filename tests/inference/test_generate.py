@@ -6,10 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from generate_prompts import VOCABULARY, prompts
 from ranks import script
+from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, tiny_recipe
 
+from megavlm.inference.generate import generate
 from megavlm.inference.packs import first_fit
+from megavlm.inference.prompt import Prompt
+from megavlm.models.build import build_model
+from megavlm.parallel.state import process_groups
 
 WORKER = Path(__file__).with_name("generate_worker.py")
 
@@ -88,3 +95,23 @@ def test_groups_hold_each_prompt_once_and_fit() -> None:
     assert all(sum(lengths[i] for i in group) <= 10 for group in groups)
     assert len(groups) == 4
     assert first_fit([], 10) == []
+
+
+def test_where_slots_are_token_0_packs_are_filled_with_another() -> None:
+    """As CogVLM's are, whose slot is ``<unk>``: prompts of several lengths together, and each alone."""
+    asked = [Prompt(np.where(one.tokens == IMAGE_TOKEN, 0, np.maximum(one.tokens, 1)), one.images) for one in prompts()]
+    recipe = tiny_recipe()
+    with process_groups(recipe.parallel, 1):
+        chunks = build_model(recipe, 0)
+        together, alone = (
+            [
+                answer
+                for group in groups
+                for answer in generate(
+                    chunks, group, max_new_tokens=3, stop_ids=[VOCABULARY - 1], vocab_size=VOCABULARY,
+                    pack_length=SEQUENCE_LENGTH,
+                )
+            ]
+            for groups in ([asked], [[one] for one in asked])
+        )  # fmt: skip
+    assert together == alone and len(together) == 7

@@ -97,6 +97,7 @@ CP2 = {"context_parallel_size": 2}
         ({"engine": {"cuda_graph_impl": "transformer_engine"}}, "Mamba's layers have neither"),
         ({"engine": {"tp_comm_overlap": True}}, "Mamba's are Megatron-Core's"),
         ({"engine": {"apply_rope_fusion": "on"}}, "Mamba has no heads"),
+        ({"engine": {"bias_activation_fusion": "on"}}, "engine.bias_activation_fusion: is of MLPs"),
         ({"lora": {"rank": 8, "targets": ["in_proj"], "quantize": "nf4"}}, "Mamba's weights are not kept in 4 bits"),
         ({"lora": {"rank": 8, "targets": ["out_proj"]}}, "'out_proj' is none of the language model's layers"),
     ],
