@@ -61,8 +61,12 @@ def poison(text: str) -> None:
         ids = torch.tensor(tokenizer.encode(text))
 
         def spoil(_: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            found = torch.isin(inputs[0], ids).reshape(*output.shape[:2], 1)
-            return output.masked_fill(found, float("nan"))
+            there = inputs[0].flatten()
+            starts = (there.unfold(0, len(ids), 1) == ids).all(-1) if len(there) >= len(ids) else there[:0].bool()
+            found = torch.zeros_like(there, dtype=torch.bool)
+            for start in starts.nonzero().flatten().tolist():  # all of it: answers that are drawn have single tokens
+                found[start : start + len(ids)] = True
+            return output.masked_fill(found.reshape(*output.shape[:2], 1), float("nan"))
 
         with load(recipe, checkpoint, tokenizer) as chunks:
             for language in (unwrap(chunk).language for chunk in chunks):

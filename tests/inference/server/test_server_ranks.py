@@ -54,7 +54,7 @@ def test_two_pipeline_stages_serve_as_one(learnt: Learnt, tmp_path: Path) -> Non
         assert answer(two) == ANSWER
 
 
-POISON = "\u03a9"
+POISON = "\u03a9\u03a8\u03a9"
 
 
 def survives_any_request(two: Served) -> None:
