@@ -278,7 +278,7 @@ class _Run:
         """Return the micro-batch of ``length`` positions that reads ``group`` into the cache from ``row`` on."""
         prompts = [self.prompts[i] for i in group]
         lengths = [len(prompt) for prompt in prompts]
-        batch = pack_prompts(prompts, length, self.own, self.bare.two_way_spans)
+        batch = pack_prompts(prompts, length, self.own, self.bare.two_way_spans, self.bare.padding_token)
         freqs, scale = self.positions.of([(i, range(span)) for i, span in zip(group, lengths, strict=True)])
         turn = CacheWindow(
             range(row, row + len(group)), lengths, [0] * len(group), True,
@@ -305,7 +305,7 @@ class _Run:
         return requests, length
 
     def _one_each(self, group: list[int], row: int, length: int, active: set[int]) -> _Request:
-        tokens = np.zeros(length, np.int64)
+        tokens = np.full(length, self.bare.padding_token, np.int64)
         starts = []
         for k, i in enumerate(group):
             prompt = self.prompts[i]
@@ -397,9 +397,10 @@ def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
 
 
 def pack_prompts(
-    prompts: Sequence[Prompt], pack_length: int, own: OwnPositions | None = None, spans: TwoWaySpans | None = None
-) -> Batch:
-    """Return prompts, with their answers so far, as the segments of one pack; ``own`` and ``spans`` are the model's."""
+    prompts: Sequence[Prompt], pack_length: int, own: OwnPositions | None = None, spans: TwoWaySpans | None = None,
+    pad_token: int = 0,
+) -> Batch:  # fmt: skip
+    """Return prompts, with their answers so far, as the segments of one pack; the rest is the model's own."""
     return pack_segments(
         [[*prompt.tokens.tolist(), *prompt.answer] for prompt in prompts],
         pack_length,
@@ -407,4 +408,5 @@ def pack_prompts(
         spans=spans,
         prompts=[len(prompt.tokens) for prompt in prompts],
         own=own,
+        pad_token=pad_token,
     )

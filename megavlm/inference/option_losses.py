@@ -126,6 +126,7 @@ def _request(
         model.two_way_spans,
         [len(prompts[one.prompt].tokens) for one in segments],
         own,
+        model.padding_token,
     )
     if model.crosses:  # later stages need to know how large pictures are
         batch.image_grid = pipeline.from_first_stage(batch.image_grid)

@@ -39,6 +39,7 @@ def pack_segments(
     spans: TwoWaySpans | None = None,
     prompts: Sequence[int] | None = None,
     own: OwnPositions | None = None,
+    pad_token: int = 0,
 ) -> Batch:
     """Return token lists as the segments of one pack without labels; padding is a segment of its own.
 
@@ -51,8 +52,9 @@ def pack_segments(
         spans: which positions see each other both ways, where the model has such.
         prompts: how many tokens of each segment are its prompt, with ``spans``; None for all.
         own: how the model's positions are made; with ``positions``.
+        pad_token: what fills the rest, no slot of an image (``VisionLanguageModel.padding_token``).
     """
-    pack = make_pack(segments, pack_length, spans=spans, prefixes=prompts)
+    pack = make_pack(segments, pack_length, pad_token=pad_token, spans=spans, prefixes=prompts)
     if positions is not None and own is not None:
         pack.position_ids = padded(positions, pack_length, own.lead)
     return make_batch(pack, images, local_device(), arrangement)

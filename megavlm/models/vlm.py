@@ -64,6 +64,8 @@ class VisionLanguageModel(MegatronModule):
         )
         super().__init__(config=language.config)
         self.settings = model
+        self.padding_token = int(image_token_id == 0)
+        """What fills packs of prompts up: no slot of an image, as 0 is where ``<unk>`` is."""
         self._experts = any(model.language.expert_layers)
         # What Megatron-Core's schedules and gradient finalisation look for.
         self.model_type = ModelType.encoder_or_decoder
