@@ -34,11 +34,18 @@ class BoxNotation:
     """The answer to that."""
 
     def write(self, sides: Place) -> str:
-        """Return a box (left, top, right, bottom, as parts of the picture's sides) in this notation, cut at its edges.
+        """Return a box (left, top, right, bottom, as parts of the picture's sides) in this notation, cut at its edges."""
+        return self.write_pixels(sides, (1, 1))
+
+    def write_pixels(self, box: Place, size: tuple[float, float]) -> str:
+        """Return a box (left, top, right, bottom) in pixels of a picture of ``size`` (width, height) likewise.
 
         Numbers are rounded down, as MiniGPT-v2's data does.
         """
-        x1, y1, x2, y2 = (min(self.most, max(0, math.floor(side * self.whole))) for side in sides)
+        x1, y1, x2, y2 = (
+            math.floor(min(float(self.most), max(0.0, value * self.whole / side)))
+            for value, side in zip(box, (*size, *size), strict=True)
+        )
         return self.form.format(x1=x1, y1=y1, x2=x2, y2=y2)
 
 

@@ -140,6 +140,15 @@ def test_shapes() -> None:
         "Where is <ref>the dog</ref><|im_end|>\n<|im_start|>assistant\n<box>(1,2),(3,4)</box> or <box>(5,6),(7,8)</box>"
     )
     assert [shape.name for shape in shapes(asked)] == ["the dog", ""]
+    # The same box in the notations of other families.
+    corners = ((100, 200), (500, 200), (500, 750), (100, 750))
+    for said, name in (
+        ("<ref>a cat</ref><box>(100,200),(500,750)</box>", "a cat"),
+        ("[INST] [refer] a cat [/INST] {<10><20><50><75>}</s>", ""),
+        ("<p>a cat</p>{<10><20><50><75>}", "a cat"),
+        ("Where is a cat? answer in [[x0,y0,x1,y1]] format. [[100,200,500,750]]", ""),
+    ):
+        assert [(shape.name, shape.points) for shape in shapes(said)] == [(name, corners)], said
 
 
 def test_figures_of_the_page(tmp_path: Path, images: Path, tokenizer_path: Path) -> None:
