@@ -34,7 +34,7 @@ class BoxNotation:
     """The answer to that."""
 
     def write(self, sides: Place) -> str:
-        """Return a box (left, top, right, bottom, as parts of the picture's sides) in this notation, cut at its edges."""
+        """Return a box (left, top, right, bottom, as parts of the picture) in this notation, cut at its edges."""
         return self.write_pixels(sides, (1, 1))
 
     def write_pixels(self, box: Place, size: tuple[float, float]) -> str:

@@ -24,6 +24,7 @@ from megavlm.data.box_space import BoxSpace
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.plans_single import PadPlan
 from megavlm.data.schema import Turn
+from megavlm.data.templates import find_template
 from megavlm.evaluation.benchmarks import BENCHMARKS
 from megavlm.evaluation.benchmarks.own_words import as_taught
 from megavlm.evaluation.benchmarks.readers import reader_of
@@ -41,7 +42,8 @@ FORMS = {
         "[refer] give me the location of left square", "{<5><10><50><93>}", "{<50><10><95><93>}",
     ),
     "cogvlm_base": (
-        "Where is left square? answer in [[x0,y0,x1,y1]] format.", "It is at [[050,109,500,937]]", "[[500,109,950,937]]",
+        "Where is left square? answer in [[x0,y0,x1,y1]] format.", "It is at [[050,109,500,937]]",
+        "[[500,109,950,937]]",
     ),
 }  # fmt: skip
 
@@ -74,7 +76,9 @@ def test_refcoco_is_asked_scored_and_drawn(template: str, random_checkpoint: Pat
     assert cli.main(words) == 0
     found = rows(tmp_path / "out")
     identity = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert identity["prompt"] == ("plain" if template == "qwen_vl" else "chat") and not any("problem" in one for one in found)
+    assert identity["prompt"] == ("plain" if template == "qwen_vl" else "chat") and not any(
+        "problem" in one for one in found
+    )
     for said, points, colour, place in (
         (right, 100.0, "right", (2 / 40, 3.5 / 32, 20 / 40, 30 / 32)),
         (wrong, 0.0, "wrong", (20 / 40, 3.5 / 32, 38 / 40, 30 / 32)),
@@ -98,7 +102,8 @@ def test_refcoco_is_asked_scored_and_drawn(template: str, random_checkpoint: Pat
         (None, "qwen_vl", None), ("qwen_vl", "qwen_vl", None), (None, "vicuna_v1", None), (None, "checkpoint", None),
         # What the template was taught wins: a model may have been trained on in another one.
         ("llava", "qwen_vl", None), ("llava", "minigpt_v2", "[refer] give me the location of {thing}"),
-        ("llava", "vicuna_v1", "Please provide the bounding box coordinate of the region this sentence describes: {thing}"),
+        ("llava", "vicuna_v1", "Please provide the bounding box coordinate of the region this sentence describes: "
+                               "{thing}"),
         ("internvl", "checkpoint", "Please provide the bounding box coordinate of the region this sentence describes: "
                                    "<ref>{thing}</ref>"),
         ("mllama", "mllama", None),
@@ -121,11 +126,16 @@ def test_who_is_asked_in_which_words(
     else:
         assert render(benchmark, item) == "Picture 1: <img></img>\n" + asked.replace("{thing}", "the {cat}")
         assert benchmark.chat and benchmark.max_new_tokens == 100
+    if template == "minigpt_v2":  # prepare_texts of minigpt4/common/eval_utils.py, behind its template's "[INST] "
+        assert find_template(template).placed(render(benchmark, item)) == (
+            "<img></img> [refer] give me the location of the {cat}"
+        )
     assert as_taught(BENCHMARKS["vqav2"], found, box_space(None, recipe.model)) is BENCHMARKS["vqav2"]
 
 
-PIXELS, PLANE = BoxSpace(NativePlan(56, 4, min_pixels=28 * 28, max_pixels=56 * 28), pixels=True), BoxSpace(
-    PadPlan(56, 4), plane=True
+PIXELS, PLANE = (
+    BoxSpace(NativePlan(56, 4, min_pixels=28 * 28, max_pixels=56 * 28), pixels=True),
+    BoxSpace(PadPlan(56, 4), plane=True),
 )
 
 
@@ -172,6 +182,12 @@ def test_held_out_records_in_each_notation(name: str) -> None:
 def test_packs_are_filled_up_with_no_slot(benchmark: str, random_checkpoint: Path, tmp_path: Path) -> None:
     """CogVLM's slots are ``<unk>``, whose id is 0: answers, and losses of options, of packs of several lengths."""
     words = ["eval", str(random_checkpoint), "model.template=cogvlm_vqa", f"data.tokenizer={write_llava(tmp_path)}"]
-    words += [f"--benchmark={benchmark}", "--chat", "--max-new-tokens=2", "--panel-samples=0", f"--out={tmp_path / 'o'}"]
+    words += [
+        f"--benchmark={benchmark}",
+        "--chat",
+        "--max-new-tokens=2",
+        "--panel-samples=0",
+        f"--out={tmp_path / 'o'}",
+    ]
     assert cli.main([*words, *MAKERS[benchmark](tmp_path / "data")]) == 0
     assert not any("problem" in one for one in rows(tmp_path / "o"))

@@ -19,6 +19,7 @@ from run_data import RunData
 
 from megavlm.cli import main
 from megavlm.commands.chat import Chat, _lines, _read_line
+from megavlm.data.box_space import BoxSpace
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.plans_single import PadPlan
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn

@@ -77,7 +77,8 @@ def test_boxes_lie_where_the_model_sees_them(template: str, kind: str, tmp_path:
     """A card shows the first view: all of the picture, its middle strip of a square, or its left half."""
     plan: ImagePlan = {"squash": SquashPlan(64, 4), "pad": PadPlan(64, 4), "tiles": Halves(64, 4)}[kind]
     expected, predicted, wrong = {
-        "qwen_vl": ("<box>(125,250),(375,750)</box>", "<ref>it</ref><box>(125,250),(375,500)</box>", "<box>(1,1),(9,9)</box>"),
+        "qwen_vl": ("<box>(125,250),(375,750)</box>", "<ref>it</ref><box>(125,250),(375,500)</box>",
+                    "<box>(1,1),(9,9)</box>"),
         "minigpt_v2": ("{<12><25><38><75>}", "{<12><25><38><50>}", "{<1><1><9><9>}"),
         "cogvlm_base": ("[[125,250,375,750]]", "it is at [[125,250,375,500]]", "[[001,001,009,009]]"),
     }[template]  # fmt: skip
@@ -86,17 +87,19 @@ def test_boxes_lie_where_the_model_sees_them(template: str, kind: str, tmp_path:
     shape = ImageShape(128, 64)
     runs = [(4 * len(plan.of(shape).views),)]
     prompt = encode_prompt([Turn("user", "<img></img>Where?")], tokenizer, runs, None)
-    question = HeldOutQuestion(prompt, np.asarray(tokenizer.encode(expected)),
-                               torch.full((len(plan.of(shape).views), 3, 64, 64), 200, dtype=torch.uint8), [shape])  # fmt: skip
+    pixels = torch.full((len(plan.of(shape).views), 3, 64, 64), 200, dtype=torch.uint8)
+    question = HeldOutQuestion(prompt, np.asarray(tokenizer.encode(expected)), pixels, [shape])
     item = panel_item(question, tokenizer.encode(predicted), tokenizer, BoxSpace(plan))
     assert (item.expected, item.predicted, item.question.strip()[-6:]) == (expected, predicted, "Where?")
     assert item.is_correct and not panel_item(question, tokenizer.encode(wrong), tokenizer, BoxSpace(plan)).is_correct
-    pixels = np.asarray(draw_pictures(replace(item, images=item.images[:1]), 800))
-    down, across = np.nonzero((pixels == panel._RIGHT).all(-1))
+    drawn = np.asarray(draw_pictures(replace(item, images=item.images[:1]), 800))
+    down, across = np.nonzero((drawn == panel._RIGHT).all(-1))
     place = {
         "squash": (100, 200, 300, 400), "pad": (100, 300, 300, 400), "tiles": (200, 200, 600, 400),
     }[kind]  # fmt: skip
-    assert (across.min(), down.min(), across.max(), down.max()) == pytest.approx(place, abs=14 if kind == "tiles" else 8)
+    assert (across.min(), down.min(), across.max(), down.max()) == pytest.approx(
+        place, abs=14 if kind == "tiles" else 8
+    )
 
 
 def test_a_box_that_the_first_view_does_not_show_is_not_drawn() -> None:

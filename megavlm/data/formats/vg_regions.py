@@ -6,8 +6,8 @@ stored, whose size is in ``image_data.json`` or in the picture itself. Where EXI
 
 A sample has up to ``per_sample`` regions of a picture, as turns of one conversation; samples alternate between
 *grounding* (``<ref>phrase</ref>`` asks for ``<box>(x1,y1),(x2,y2)</box>``) and *grounded captioning*
-(``<ref>This</ref><box>..</box>`` asks for ``is phrase``), the two forms of Qwen-VL's pre-training (arXiv 2308.12966); or
-in the words and the notation of another family, which ``--boxes`` names (:mod:`megavlm.data.box_words`).
+(``<ref>This</ref><box>..</box>`` asks for ``is phrase``), the two forms of Qwen-VL's pre-training (arXiv 2308.12966);
+or in the words and the notation of another family, which ``--boxes`` names (:mod:`megavlm.data.box_words`).
 """
 
 from __future__ import annotations
@@ -124,13 +124,13 @@ def _picture(
         yield _sample(f"{image_id}-{part}", image, usable[start : start + per_sample], find, notation)
 
 
-def _sample(
-    sample_id: str, image: str, regions: list[tuple[str, str]], find: bool, notation: BoxNotation
-) -> Record:
+def _sample(sample_id: str, image: str, regions: list[tuple[str, str]], find: bool, notation: BoxNotation) -> Record:
     turns = []
     for index, (phrase, box) in enumerate(regions):
         question = notation.asks.format(thing=phrase) if find else notation.names.format(box=box)
-        shown = "" if index else f"<img>{image}</img>" if notation is QWEN_VL_BOXES else f"Picture 1: <img>{image}</img>\n"
+        shown = (
+            "" if index else f"<img>{image}</img>" if notation is QWEN_VL_BOXES else f"Picture 1: <img>{image}</img>\n"
+        )
         turns.append({"from": "user", "value": shown + question})
         turns.append({"from": "assistant", "value": box if find else notation.named.format(thing=phrase)})
     return {"id": sample_id, "task": "grounding" if find else "grounded caption", "conversations": turns}

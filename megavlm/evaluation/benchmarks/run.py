@@ -297,4 +297,3 @@ def _card(one: Question, row: Row, each: Mapping[str, float], space: BoxSpace | 
     question = one.text.replace(IMAGE_PLACEHOLDER, "").strip()
     title = item.id if item.kind == "all" else f"{item.kind} · {item.id}"
     return Card(title, question, expected, said, each.get(item.id), item.pictures, note, read)
-
