@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,8 +15,10 @@ from megavlm.data.box_words import NOTATIONS, QWEN_VL_BOXES
 from megavlm.data.images import decode_with_pil
 from megavlm.data.media import plan_of
 from megavlm.data.templates import find_template, is_checkpoint
-from megavlm.families.family import Family
 from megavlm.families.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from megavlm.families.family import Family  # imports torch
 
 _COLOURS = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
 
@@ -23,7 +26,8 @@ _COLOURS = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 
 def family_of(checkpoint: Path) -> Family | None:
     """Return the family that a checkpoint's record names, or None where it was made by training alone."""
     record = read_record(checkpoint)
-    return FAMILIES.get(str(record.get("home") or record.get("family")))
+    name = record.get("home") or record.get("family")
+    return None if name is None else FAMILIES.get(str(name))  # whose files, and torch, are imported for a name alone
 
 
 def box_space(family: Family | None, model: ModelConfig) -> BoxSpace:

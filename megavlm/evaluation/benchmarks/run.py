@@ -128,10 +128,7 @@ def answer_run(
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer: Any) -> BenchmarkRun:
-    published_as = find_benchmark(args.benchmark)
-    family = family_of(checkpoint)
-    space = box_space(family, recipe.model)
-    benchmark = as_taught(published_as, own_question(family, recipe.model), space)
+    benchmark = published_as = find_benchmark(args.benchmark)
     scored = not args.predict_only
     if scored and benchmark.needs and importlib.util.find_spec(benchmark.needs) is None:
         raise UserError(
@@ -146,6 +143,9 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
         logger.warning("%d questions are skipped: %s", count, cause)
     if scored:
         _check_answers(args.data, items)
+    family = family_of(checkpoint)
+    space = box_space(family, recipe.model)
+    benchmark = as_taught(published_as, own_question(family, recipe.model), space)
     max_new_tokens = args.max_new_tokens or benchmark.max_new_tokens
     chat = benchmark.chat or args.chat
     questions = make_questions(benchmark, items, tokenizer, recipe, max_new_tokens, chat)
