@@ -175,7 +175,7 @@ def _with_adapters(
         else:
             own, beside = cost.layer_parameters(kind, tp), cost.adapter_parameters(kind, lora, tp)
             linears = cost.linear_parameters(kind, tp)
-        norms = norm_weights(kind) if lora.train_norms else []
+        norms = norm_weights(kind, tp) if lora.train_norms else []
         for elements in own:
             if elements in norms:
                 norms.remove(elements)
