@@ -28,7 +28,7 @@ from megavlm.inference.turns import (
 )
 
 if TYPE_CHECKING:
-    from megavlm.inference.boxes import BoxSpace
+    from megavlm.data.box_space import BoxSpace
     from megavlm.inference.sampling import Sampling
     from megavlm.inference.session import Session
 

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import DataConfig, DataSource, Recipe
+from megavlm.data.box_space import BoxSpace
 from megavlm.data.media import ImagePlan, plan_of
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.publish import write_whole
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         scan=args.scan,
         weigh=None if recipe is None else weigher_of(recipe),
     )
+    found.space = None if recipe is None else _space(recipe, Path(args.recipe))
     html = write_page(found, tokenizer, limit=int(args.max_mb * 1e6))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(args.out, html)
@@ -174,6 +176,27 @@ def _with_tokenizer(recipe: Recipe, name: str) -> Recipe:
         return with_tokenizer_of_load(recipe)
     except FileNotFoundError:
         raise UserError(f"{missing}, {recipe.checkpoint.load}, has no checkpoint; give a tokenizer file") from None
+
+
+def _space(recipe: Recipe, name: Path) -> BoxSpace:
+    """Return what boxes count in the family that the recipe's checkpoint is of, as far as one is there."""
+    from megavlm.checkpoint.hf.given import open_directory  # noqa: PLC0415
+    from megavlm.families.registry import FAMILIES  # noqa: PLC0415
+    from megavlm.inference.boxes import box_space, family_of  # noqa: PLC0415 - imports PIL
+    from megavlm.weights.kinds import holds_model  # noqa: PLC0415
+
+    # Data can be shown before there is a checkpoint; a recipe may be that of one.
+    named = name.is_dir() and str(name) not in shipped_recipes()
+    if not named and recipe.checkpoint.load is None:
+        return box_space(None, recipe.model)
+    load = name if named else Path(str(recipe.checkpoint.load))
+    if holds_model(load):
+        given, home = open_directory(load)
+        return box_space(FAMILIES.get(home or given[0].family.name), recipe.model)
+    try:
+        return box_space(family_of(_resolve(load)), recipe.model)
+    except FileNotFoundError:
+        return box_space(None, recipe.model)
 
 
 def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConfig, ImagePlan, int]:

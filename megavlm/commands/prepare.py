@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
+from megavlm.data.box_words import NOTATIONS, QWEN_VL_BOXES, find_notation
 from megavlm.data.codes import PictureCoder
 from megavlm.data.formats import formats
 from megavlm.data.preparing import Preparation, check_there, finish, location, tell, write_samples
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="vqa: the answers, where VQAv2 has them apart")
     parser.add_argument("--image-info", type=Path, metavar="FILE", help="vg-regions: Visual Genome's image_data.json")
     parser.add_argument("--per-sample", type=int, metavar="N", help="vg-regions: regions of one sample (default 8)")
+    parser.add_argument(
+        "--boxes", metavar="NAME",
+        help="vg-regions: whose notation of boxes, and whose questions, are written: "
+        f"{', '.join(NOTATIONS)} (default {QWEN_VL_BOXES.name})",
+    )  # fmt: skip
     parser.add_argument(
         "--allow-urls", action="store_true", help="fetch pictures that are http(s) URLs, from public addresses"
     )
@@ -104,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         args.by_task,
         args.name,
         args.resize,
+        args.boxes,
     )
     _check_arguments(args, options)
     with new_directory(args.out, replace=args.overwrite) as partial:
@@ -130,6 +137,8 @@ def _check_arguments(args: argparse.Namespace, options: Preparation) -> None:
         raise UserError(f"--samples-per-shard must be at least 1, not {args.samples_per_shard}")
     if not 0 <= args.max_rejected <= 1:
         raise UserError(f"--max-rejected must be a share from 0 to 1, not {args.max_rejected:g}")
+    if args.boxes is not None:
+        find_notation(args.boxes, "--boxes")
     if args.resize is not None and args.resize < 1:
         raise UserError(f"--resize must be at least 1, not {args.resize}")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):

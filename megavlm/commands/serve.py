@@ -127,7 +127,7 @@ def _lead(
         from megavlm.inference.server.about import about_checkpoint, has_box_tokens  # noqa: PLC0415
         from megavlm.inference.server.web import add_page  # noqa: PLC0415
 
-        add_page(app, service, about_checkpoint(checkpoint, has_box_tokens(service)))
+        add_page(app, service, about_checkpoint(checkpoint, model.recipe.model, has_box_tokens(service)))
     with _listening(bound, args.host, args.port), _http(app, bound, limits):
         signal.signal(signal.SIGTERM, lambda *_: worker.stop())
         signal.signal(signal.SIGINT, lambda *_: worker.stop())

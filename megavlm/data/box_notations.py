@@ -1,6 +1,8 @@
 """Boxes in answers, in the notations that published models write, as parts of the picture's sides.
 
-What is trained on and scored is Qwen-VL's notation alone (:mod:`megavlm.data.boxes`); this is for showing an answer.
+It is what answers are scored, drawn and shown by; :mod:`megavlm.data.box_space` knows what a model's numbers count, and
+:mod:`megavlm.data.box_words` how boxes are written and asked for.
+
 The notations, the papers, and what of the authors' own they were held against:
 
 - ``<ref>name</ref><box>(x1,y1),(x2,y2)</box>``, thousandths: Qwen-VL (arXiv 2308.12966; its README).
@@ -17,7 +19,8 @@ The notations, the papers, and what of the authors' own they were held against:
 - ``[0.12, 0.3, 0.5, 0.75]``, parts of the sides: LLaVA-1.5 (2310.03744), of the square that the picture is padded to
   (issue 606 of LLaVA's repository).
 - ``<p>name</p>{<10><20><50><75>}``, hundredths, ``<delim>`` between several: MiniGPT-v2 (2310.09478; ``demo_v2.py`` and
-  ``minigpt4/datasets/datasets/coco_dataset.py`` of its repository).
+  ``minigpt4/datasets/datasets/coco_dataset.py`` of its repository). Spaces and ``<unk>`` within are passed over, as
+  its ``eval_scripts/eval_ref.py`` does.
 """
 
 from __future__ import annotations
@@ -41,8 +44,10 @@ _TAGGED = re.compile(
 _GLM = re.compile(r"<\|begin_of_box\|>(?P<box>[\[\](){}<>\d,.\s]{7,4000})<\|end_of_box\|>")
 _COG = re.compile(r"\[\[\d{3}(?:,\d{3}){3}(?:;\d{3}(?:,\d{3}){3}){0,199}\]\]")
 _LOC = re.compile(r"(?P<locs>(?:<loc\d{4}>){4})[ ]?(?P<name>[^<;\n]*)")
+_NOTHING = r"(?:\s|<unk>)*+"
+_HUNDREDTHS_BOX = rf"\{{(?:{_NOTHING}<{_NOTHING}\d{{1,3}}{_NOTHING}>){{4}}{_NOTHING}\}}"
 _HUNDREDTHS = re.compile(
-    r"(?:<p>(?P<name>[^<]{0,300})</p>\s*)?(?P<boxes>\{(?:<\d{1,3}>){4}\}(?:\s*<delim>\s*\{(?:<\d{1,3}>){4}\})*)"
+    rf"(?:<p>(?P<name>[^<]{{0,300}})</p>\s*)?(?P<boxes>{_HUNDREDTHS_BOX}(?:\s*<delim>\s*{_HUNDREDTHS_BOX})*)"
 )
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _PARTS = re.compile(r"\[\s*(?:[01]?\.\d+|[01])(?:\s*,\s*(?:[01]?\.\d+|[01])){3}\s*\]")

@@ -42,6 +42,8 @@ _TELL_EVERY = 30.0
 """Seconds."""
 _FETCHED = ".source"
 """Directory of what comes from an object store, while it is read."""
+_OF_FORMATS = ("annotations", "image_info", "per_sample", "boxes")
+"""Options that some formats take."""
 _URL_IMAGE = re.compile(r"<img>\s*(https?://[^<]*?)\s*</img>")
 
 
@@ -69,6 +71,8 @@ class Preparation:
     """Start of every sample's key; None for the name of the data."""
     resize: int | None = None
     """JPEGs whose longer side has more pixels are encoded again."""
+    boxes: str | None = None
+    """Notation of boxes that a format gives in pixels; None for Qwen-VL's."""
 
     @property
     def folder(self) -> Path | str:
@@ -210,7 +214,7 @@ def open_source(options: Preparation, fetched: Path) -> Source:
     if isinstance(path, str):
         logger.info("%s: fetching", path)
         path = Store(path).fetch(fetched)
-    extra = {name: getattr(options, name) for name in ("annotations", "image_info", "per_sample")}
+    extra = {name: getattr(options, name) for name in _OF_FORMATS}
     if isinstance(folder, str):
         return Source(path, fetched, store=Store(folder), **extra)
     return Source(path, folder, **extra)
@@ -223,7 +227,7 @@ def choose_format(options: Preparation, source: Source) -> Format:
         UserError: There is none, or an option has no meaning for it.
     """
     chosen = choose(source, options.format)
-    for name in ("annotations", "image_info", "per_sample"):
+    for name in _OF_FORMATS:
         if getattr(options, name) is not None and name not in chosen.options:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} has no meaning for the format {chosen.name}; leave it out")

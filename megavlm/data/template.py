@@ -130,6 +130,9 @@ class Template:
     """System turn of conversations that have none, where the recipe names none either."""
     most_exchanges: int | None = None
     """Questions and answers that one conversation may hold; None for any number."""
+    boxes: str = ""
+    """The notation of boxes that its models are taught (:mod:`megavlm.data.box_words`); none where it is shared by
+    models of several, which say it by their family. It changes no token."""
     joined: bool = True
     """Whether text is cut into tokens as one string, as families do that render a conversation first; else piece by
     piece, as Qwen-VL's trainer does."""
@@ -181,7 +184,7 @@ class Template:
         if not self.gap:  # younger than saved states
             texts.pop("gap", None)
         texts |= {name: text for name, text in instead.items() if text is not None}
-        content = {name: text for name, text in texts.items() if name not in ("name", "title")}
+        content = {name: text for name, text in texts.items() if name not in ("name", "title", "boxes")}
         return f"{self.name} {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
 
     @property

@@ -38,6 +38,7 @@ QWEN_VL = Template(
     stops=("<|im_end|>",),
     default_system="You are a helpful assistant.",
     joined=False,
+    boxes="qwen_vl",
 )
 
 # LLaVA, stage 1: the question's words are left out, and a newline ends the caption.

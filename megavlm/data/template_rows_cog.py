@@ -27,6 +27,7 @@ COGVLM = Template(
     images_first=True,
     eos=("</s>",),
     ends="</s>",
+    boxes="cogvlm",
 )
 COGVLM_VQA = replace(
     COGVLM,

@@ -33,6 +33,7 @@ MINIGPT_V2 = Template(
     image=("<Img>", "</Img>"),
     picture="{image} ",
     eos=("</s>",),
+    boxes="minigpt_v2",
 )
 # MiniGPT-4's on Llama 2 (train_configs/minigpt4_llama2_stage2_finetune.yaml): a space more, a token of its own.
 MINIGPT4_LLAMA_2 = replace(
@@ -41,6 +42,7 @@ MINIGPT4_LLAMA_2 = replace(
     title="the same of MiniGPT-4 on Llama 2",
     user=("<s>", "[INST] ", TEXT, " [/INST] "),
     assistant=trained(TEXT, "</s>"),
+    boxes="",
 )
 # TinyGPT-V's (minigpt4/models/{minigpt_base,minigpt_v2}.py, train_configs/tinygptv_stage{3,4}.yaml of
 # DLYuanGod/TinyGPT-V @ 83f6189b): words of MiniGPT-4, Phi-2's token in front of each exchange. Its demo has no space in
@@ -53,6 +55,7 @@ TINYGPT_V = replace(
     user=("<|endoftext|>", "###Human: ", TEXT, " ###"),
     tokens=(ControlToken(("<|endoftext|>",)),),
     eos=("<|endoftext|>",),
+    boxes="minigpt_v2",
 )
 
 MINIGPT_ROWS = (MINIGPT4, MINIGPT4_LLAMA_2, MINIGPT_V2, TINYGPT_V)

@@ -13,13 +13,15 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
-from megavlm.data.boxes import parse_boxes
+from megavlm.data.box_notations import find_boxes
+from megavlm.data.box_space import BoxSpace, ReadBoxes
 from megavlm.data.inspect.strip import some_frames
 from megavlm.data.media import ImagePlan, plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import Row
 from megavlm.evaluation.benchmarks.questions import Question, check_lengths, digest
+from megavlm.evaluation.benchmarks.readers import reader_of
 from megavlm.evaluation.benchmarks.run import (
     BenchmarkRun,
     answer_run,
@@ -44,6 +46,7 @@ from megavlm.evaluation.metrics.text import anls, contains, exact, relaxed
 from megavlm.evaluation.metrics.vqa import vqa_accuracy
 from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.evaluation.records import HeldOutRecord, check_prompt, make_questions, read_records
+from megavlm.inference.boxes import box_space, family_of
 
 PANEL = "panel.png"
 RECORD_TOKENS = 48
@@ -54,10 +57,14 @@ _FRAMES = 4
 """Of a film in the panel."""
 
 
-def _iou(prediction: str, answers: Sequence[str]) -> float:
-    """Overlap of the first box of the prediction with the nearest answer's first, in thousandths of the picture."""
-    said = parse_boxes(prediction)
-    return max(box_iou(said[0][1], parse_boxes(answer)[0][1]) for answer in answers) if said else 0.0
+def _iou(prediction: str, answers: Sequence[str], read: ReadBoxes = find_boxes) -> float:
+    """Overlap of the first box of the prediction with the nearest answer's first, as ``read`` finds them."""
+    said = read(prediction)
+    return max(box_iou(said[0].sides, read(answer)[0].sides) for answer in answers) if said else 0.0
+
+
+def _reader(record: HeldOutRecord, space: BoxSpace | None) -> ReadBoxes:
+    return reader_of(Item(record.id, "", tuple(record.images)), space)
 
 
 _EACH: Mapping[str, tuple[str, Callable[[str, Sequence[str]], float]]] = {
@@ -89,8 +96,8 @@ def _check_name(name: str, where: str) -> None:
         raise UserError(f"{where}: no metric {name!r}; there are {', '.join(METRICS)}")
 
 
-def check_metrics(records: Sequence[HeldOutRecord], chosen: Sequence[str]) -> None:
-    """Check that each record can be scored as it is to be.
+def check_metrics(records: Sequence[HeldOutRecord], chosen: Sequence[str], space: BoxSpace | None = None) -> None:
+    """Check that each record can be scored as it is to be; ``space`` is what boxes count.
 
     Raises:
         UserError: a metric is unknown, needs other answers than a record has, or a package that is not installed.
@@ -106,15 +113,21 @@ def check_metrics(records: Sequence[HeldOutRecord], chosen: Sequence[str]) -> No
                     f"record {record.id}: metric vqa compares with the answers of several people ('answers'), at least "
                     f"{_FEWEST_PEOPLE} of them; it has {len(record.answers)}; take exact"
                 )
-            if name == "iou" and not all(map(parse_boxes, record.answers)):
-                raise UserError(f"record {record.id}: metric iou needs <box>(x1,y1),(x2,y2)</box> in each answer")
+            if name == "iou" and not all(map(_reader(record, space), record.answers)):
+                raise UserError(
+                    f"record {record.id}: metric iou needs a box in each answer, such as <box>(x1,y1),(x2,y2)</box> in "
+                    "thousandths, or in another notation (docs/serving.md)"
+                )
     if "cider" in used and importlib.util.find_spec(_PACKAGE) is None:
         raise UserError(f"--metric cider: it needs {_PACKAGE}: pip install 'megavlm[eval]'")
 
 
-def scores_of(records: Sequence[HeldOutRecord], chosen: Sequence[str], predictions: Sequence[str]) -> Scores:
+def scores_of(
+    records: Sequence[HeldOutRecord], chosen: Sequence[str], predictions: Sequence[str], space: BoxSpace | None = None
+) -> Scores:
     """Score predictions: each metric over the records that it is asked of, in percent; a record's own wins.
 
+    ``space`` is what the numbers of boxes count; None where they count parts of the picture.
     A record's point, and those of its task, are those of its first metric.
     """
     names = [chosen if one.metric is None else (one.metric,) for one in records]
@@ -130,10 +143,12 @@ def scores_of(records: Sequence[HeldOutRecord], chosen: Sequence[str], predictio
             each = [min(1.0, value) for value in each]
         else:
             title, one = _EACH[name]
-            each = [one(predictions[i], records[i].answers) for i in asked]
             if name == "iou":
+                each = [_iou(predictions[i], records[i].answers, _reader(records[i], space)) for i in asked]
                 hits = [float(value >= 0.5) for value in each]
                 values["iou50"] = 100 * sum(hits) / len(hits)
+            else:
+                each = [one(predictions[i], records[i].answers) for i in asked]
             values[title] = 100 * sum(each) / len(each)
             each = hits if name == "iou" else each
         for i, value in zip(asked, each, strict=True):
@@ -161,7 +176,8 @@ class RecordsRun(BenchmarkRun):
         """Return the figures by task, and those of closed questions beside chance."""
         records = [self.records[one.item.id] for one in asked]
         told = [{"task": one.task, "answers": one.answers, "choices": one.choices} for one in records]
-        found = score(told, [rows[one.id]["prediction"] for one in records])
+        readers = [reader_of(one.item, self.space) for one in asked]
+        found = score(told, [rows[one.id]["prediction"] for one in records], readers)
         return {**found, "records": len(records), "checkpoint": str(self.checkpoint)}
 
     def line(self, item: Item) -> dict[str, Any]:
@@ -195,7 +211,8 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
     if args.prompt is not None:
         check_prompt(args.prompt)
     records = read_records(args.data, args.images, args.format, args.annotations)
-    check_metrics(records, chosen)
+    space = box_space(family_of(checkpoint), recipe.model)
+    check_metrics(records, chosen, space)
     tokens = args.max_new_tokens or RECORD_TOKENS
     questions = make_questions(records, tokenizer, recipe, args.prompt)
     pictures = plan_of(recipe.model)
@@ -223,7 +240,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
     by_id = {record.id: record for record in records}
 
     def metric(items: Sequence[Item], predictions: Sequence[str]) -> Scores:
-        return scores_of([by_id[item.id] for item in items], chosen, predictions)
+        return scores_of([by_id[item.id] for item in items], chosen, predictions, space)
 
     benchmark = Benchmark(name, _not_read, "", tokens, metric, name, chat=True)
     return RecordsRun(
@@ -235,6 +252,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
         tokens,
         True,
         Counter(),
+        space,
         records=by_id,
         checkpoint=checkpoint,
         plan=pictures,
@@ -252,6 +270,7 @@ def _draw(plan: RecordsRun, asked: Sequence[Question], rows: Mapping[str, Row], 
             expected=plan.records[asked[i].item.id].answer,
             predicted=rows[asked[i].item.id]["prediction"],
             images=[image for one in asked[i].item.pictures for image in _opened(one, plan.plan, asked[i].item)],
+            boxes=reader_of(asked[i].item, plan.space),
         )
         for i in spread([one.item.kind for one in asked], count)
         if not rows[asked[i].item.id].get("problem")

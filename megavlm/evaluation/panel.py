@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from megavlm.data.boxes import parse_boxes
+from megavlm.data.box_notations import Place, find_boxes
+from megavlm.data.box_space import ReadBoxes
 from megavlm.data.images import decode_with_pil
 from megavlm.evaluation.metrics import box_hit, exact_match
 
@@ -42,14 +43,16 @@ class PanelItem:
     predicted: str
     images: Sequence[Image.Image | Path | str] = ()
     correct: bool | None = None
+    boxes: ReadBoxes = find_boxes
+    """Finds boxes in both answers, as parts of the first picture."""
 
     @property
     def is_correct(self) -> bool:
         """Whether the predicted answer counts as right."""
         if self.correct is not None:
             return self.correct
-        if parse_boxes(self.expected):
-            return box_hit(self.predicted, self.expected)
+        if self.boxes(self.expected):
+            return box_hit(self.predicted, self.expected, read=self.boxes)
         return exact_match(self.predicted, self.expected)
 
 
@@ -179,11 +182,11 @@ def _draw_boxes(picture: Image.Image, item: PanelItem) -> None:
     """Predicted boxes in colour on a white rim, so that they show on any ground; then expected."""
     draw = ImageDraw.Draw(picture)
     accent = _RIGHT if item.is_correct else _WRONG
-    for _, box in parse_boxes(item.predicted):
+    for _, box in item.boxes(item.predicted):
         x1, y1, x2, y2 = _to_pixels(box, picture)
         draw.rectangle((x1 - 3, y1 - 3, x2 + 3, y2 + 3), outline=_CARD, width=5)
         draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=accent, width=3)
-    for _, box in parse_boxes(item.expected):
+    for _, box in item.boxes(item.expected):
         x1, y1, x2, y2 = _to_pixels(box, picture)
         for y in (y1, y2):
             _dashes(draw, (x1, y), (x2, y))
@@ -191,14 +194,14 @@ def _draw_boxes(picture: Image.Image, item: PanelItem) -> None:
             _dashes(draw, (x, y1), (x, y2))
 
 
-def _to_pixels(box: Sequence[int], picture: Image.Image) -> tuple[int, int, int, int]:
+def _to_pixels(box: Place, picture: Image.Image) -> tuple[int, int, int, int]:
     x1, y1, x2, y2 = box
     right, bottom = picture.width - 1, picture.height - 1
     return (
-        round(x1 * right / 1000),
-        round(y1 * bottom / 1000),
-        round(x2 * right / 1000),
-        round(y2 * bottom / 1000),
+        round(x1 * right),
+        round(y1 * bottom),
+        round(x2 * right),
+        round(y2 * bottom),
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from megavlm.config.errors import UserError
+from megavlm.data.box_notations import find_boxes
+from megavlm.data.box_space import ReadBoxes
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import decode_with_pil
 from megavlm.data.inspect.planes import LOOK, SWITCH, planes
@@ -38,6 +40,8 @@ class Card:
     """0 to 1; None where it is not known."""
     pictures: Sequence[Shown]
     note: str = ""
+    boxes: ReadBoxes = find_boxes
+    """Finds boxes in both answers, as parts of the first picture."""
 
     @property
     def kind(self) -> str:
@@ -168,7 +172,7 @@ def _questions(page: Page) -> str:
         inputs += '<input type="checkbox" id="worst">'
         labels += '<label for="worst" class="sort">worst first</label>'
     key = ""
-    if any("<box>" in card.predicted or "<box>" in card.expected for card in cards):
+    if any(card.boxes(text) for card in cards for text in (card.predicted, card.expected)):
         key = '<p class="muted">Boxes: predicted is solid, green if right and red if wrong; expected is dashed.</p>'
     scores = sorted({card.score for card in cards if card.score is not None})
     shown = "".join(
@@ -221,7 +225,7 @@ def _strip(source: StoredFilm, page: Page, shown: int, number: int) -> str:
 
 def _images(card: Card, page: Page, images: Sequence[Image.Image]) -> str:
     right = card.score is not None and card.score >= 1
-    item = PanelItem(card.question, card.expected, card.predicted, images, correct=right)
+    item = PanelItem(card.question, card.expected, card.predicted, images, right, card.boxes)
     file = io.BytesIO()
     square = draw_pictures(item, _SIDE)
     if len(images) == 1:  # without the bars beside it

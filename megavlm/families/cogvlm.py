@@ -17,6 +17,7 @@ from megavlm.architectures.decoders.decoder.tables import COGVLM_LANGUAGE
 from megavlm.architectures.towers.vit.tables import COGVLM_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig, ModelConfig
+from megavlm.data.box_words import COGVLM_BOXES
 from megavlm.families.common import expect, need, number
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.text_kinds import TextKind, odd_heads, shape
@@ -80,8 +81,7 @@ class CogVLMFamily(Family):
 
     name = "cogvlm"
     title = "CogVLM (CogVLMForCausalLM)"
-    # cogvlm-grounding-generalist's, of the authors' list (caption2box in utils/utils/template.py of THUDM/CogVLM).
-    finds = "Where is {thing}? answer in [[x0,y0,x1,y1]] format."
+    finds = COGVLM_BOXES.asks
     parts = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vit",), "connector": ("glu",), "language": ("decoder",),

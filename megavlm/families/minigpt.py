@@ -27,6 +27,7 @@ from megavlm.architectures.connectors.q_former.tables import LAVIS_Q_FORMER
 from megavlm.architectures.towers.vit.tables import EVA01_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
+from megavlm.data.box_words import MINIGPT_V2_BOXES
 from megavlm.families.common import expect
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.text import no_half, text_branch, text_config, text_table
@@ -172,8 +173,7 @@ class MiniGPTv2Family(MiniGPT4Family):
     }  # fmt: skip
     class_feature = False
     norm = f"{PROJECTION}/ln_vision"
-    # As its data asks (minigpt4/datasets/datasets/coco_dataset.py); answers are in hundredths (data/box_notations.py).
-    finds = "[refer] give me the location of {thing}"
+    finds = MINIGPT_V2_BOXES.asks
 
     def settings(self, model: ModelConfig) -> Tree:
         """Return what its code's own file of settings says of the model."""

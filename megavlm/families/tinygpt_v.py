@@ -26,6 +26,7 @@ from megavlm.architectures.decoders.decoder.tables import TINYGPT_V_LANGUAGE, TI
 from megavlm.architectures.towers.vit.tables import EVA01_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig, ModelConfig
+from megavlm.data.box_words import MINIGPT_V2_BOXES
 from megavlm.families.common import expect
 from megavlm.families.family import Tree, config_file
 from megavlm.families.minigpt import ADAPTERS_ASIDE, MiniGPT4Family, no_eva01, stretched, told_of
@@ -70,8 +71,7 @@ class TinyGPTVFamily(MiniGPT4Family):
     title = "TinyGPT-V in its authors' files, beside Phi-2"
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {"trained": {}, "start": {}}
     own_rotary = branch_norm = True
-    # As MiniGPT-v2's data asks, which its stage 4 is trained on; answers are in hundredths (data/box_notations.py).
-    finds = "[refer] give me the location of {thing}"
+    finds = MINIGPT_V2_BOXES.asks  # its stage 4 is trained on MiniGPT-v2's data
 
     def detect(self, source: Source) -> bool:
         """By its files, and the language model."""

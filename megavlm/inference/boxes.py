@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
 from megavlm.checkpoint.assets import read_record
 from megavlm.config.schema import ModelConfig
-from megavlm.data.box_notations import FoundBox, find_boxes
+from megavlm.data.box_notations import find_boxes
+from megavlm.data.box_space import BoxSpace
+from megavlm.data.box_words import NOTATIONS, QWEN_VL_BOXES
 from megavlm.data.images import decode_with_pil
-from megavlm.data.media import ImageLayout, ImagePlan, plan_of
-from megavlm.data.seen import seen
-from megavlm.families.family import Family
+from megavlm.data.media import plan_of
+from megavlm.data.templates import find_template, is_checkpoint
 from megavlm.families.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from megavlm.families.family import Family  # imports torch
 
 _COLOURS = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
 
@@ -22,31 +26,30 @@ _COLOURS = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 
 def family_of(checkpoint: Path) -> Family | None:
     """Return the family that a checkpoint's record names, or None where it was made by training alone."""
     record = read_record(checkpoint)
-    return FAMILIES.get(str(record.get("home") or record.get("family")))
-
-
-@dataclass(frozen=True)
-class BoxSpace:
-    """What the numbers of a model's boxes count beside thousandths of the picture's sides."""
-
-    plan: ImagePlan
-    pixels: bool = False
-    """Whether ``bbox_2d`` counts pixels of the picture as the model sees it."""
-    plane: bool = False
-    """Whether bare numbers are parts of the plane that the picture lies on, its padding with it."""
-
-    def find(self, answer: str, layout: ImageLayout) -> list[FoundBox]:
-        """Return the boxes of an answer, as parts of the picture that ``layout`` is of."""
-        size = layout.canvases[0].resized if self.pixels else None
-        # Of several planes the model sees the whole picture on one: no padding is to be reckoned with.
-        place = seen(self.plan, layout)[0].picture if self.plane and len(layout.canvases) == 1 else None
-        return find_boxes(answer, pixels_of=size, parts_of=place)
+    name = record.get("home") or record.get("family")
+    return None if name is None else FAMILIES.get(str(name))  # whose files, and torch, are imported for a name alone
 
 
 def box_space(family: Family | None, model: ModelConfig) -> BoxSpace:
     """Return what boxes count in a model of a family (of :func:`family_of`)."""
     plan = plan_of(model)
     return BoxSpace(plan) if family is None else BoxSpace(plan, family.box_pixels, family.box_plane)
+
+
+def own_question(family: Family | None, model: ModelConfig) -> str | None:
+    """Return how a model was taught to be asked for the box of ``{thing}``, in a turn of a conversation.
+
+    What its template was taught counts; of one that models of several notations share, what its family says.
+
+    Returns:
+        The question; None where nothing says one, and where boxes are Qwen-VL's, which are asked for in plain text.
+    """
+    taught = "" if is_checkpoint(model.template) else find_template(model.template).boxes
+    if taught == QWEN_VL_BOXES.name:
+        return None
+    if taught in NOTATIONS:
+        return NOTATIONS[taught].asks
+    return None if family is None else family.finds
 
 
 def draw_boxes(image: bytes, answer: str, space: BoxSpace | None = None) -> Image.Image | None:
@@ -61,7 +64,7 @@ def draw_boxes(image: bytes, answer: str, space: BoxSpace | None = None) -> Imag
         The picture in RGB, or None where the answer has no box.
     """
     picture = decode_with_pil(image)
-    boxes = find_boxes(answer) if space is None else space.find(answer, space.plan.plan(*picture.size))
+    boxes = find_boxes(answer) if space is None else space.of(picture.size)(answer)
     if not boxes:
         return None
     draw = ImageDraw.Draw(picture)

@@ -39,6 +39,7 @@ from megavlm.data.reader import PackReader
 from megavlm.data.spans import spans_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.families.presets import expand_presets
+from megavlm.inference.boxes import family_of
 from megavlm.models.codes import tokens_of
 from megavlm.models.fusion import NEWLINE
 from megavlm.parallel.faults import at_step, fault
@@ -113,6 +114,10 @@ class Trainer:
         decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_reader() else None
         self.codes = tokens_of(recipe, self.training.chunks[0])
         self.held_out = read_held_out(recipe, tokenizer, decoder, self.codes)
+        self.family = None
+        if self.parent is not None and recipe.logging.panel_interval is not None:
+            with agreed(f"reading whose {self.parent} is"):
+                self.family = family_of(self.parent)  # says what boxes count in answers
         if idle := idle_intervals(recipe):
             logger.info("data.validation is empty: %s has no effect", " and ".join(idle))
         self.feed = self._open_feed(decoder, reader_state)
@@ -227,7 +232,8 @@ class Trainer:
         # Where parameters are gathered during the forward pass, all replicas take part in that.
         with self.training.settled():
             if mpu.get_data_parallel_rank() == 0:
-                picture = answer_panel(self.training.chunks, self.held_out[0].packs, self.recipe, self.tokenizer)
+                packs = self.held_out[0].packs
+                picture = answer_panel(self.training.chunks, packs, self.recipe, self.tokenizer, self.family)
         picture = from_first_rank(picture)
         if picture is not None:
             self.metrics.image("held_out", picture)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from megavlm.config.schema import ModelConfig, Recipe
+from megavlm.data.box_notations import FoundBox, find_boxes
+from megavlm.data.box_space import BoxSpace, on_first_view
 from megavlm.data.chat import answer_start, last_question
 from megavlm.data.films.plan import FilmShape
 from megavlm.data.media import (
@@ -30,8 +32,11 @@ from megavlm.data.patches import pictures_of
 from megavlm.data.positions import own_grids
 from megavlm.data.read_pack import ReadPack, image_starts
 from megavlm.data.tokenizer import Tokenizer
+from megavlm.evaluation.metrics import box_hit, exact_match
 from megavlm.evaluation.panel import PanelItem, draw_panel
+from megavlm.families.family import Family
 from megavlm.inference.answer_text import answer_text
+from megavlm.inference.boxes import box_space
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
 from megavlm.parallel.device import local_device
@@ -81,8 +86,9 @@ def find_questions(
 
 
 def answer_panel(
-    chunks: Sequence[Any], packs: Sequence[ReadPack] | None, recipe: Recipe, tokenizer: Tokenizer
-) -> Tensor | None:
+    chunks: Sequence[Any], packs: Sequence[ReadPack] | None, recipe: Recipe, tokenizer: Tokenizer,
+    family: Family | None = None,
+) -> Tensor | None:  # fmt: skip
     """Answer held-out questions and draw them; a collective over the ranks of one data-parallel replica.
 
     Context-parallel ranks all do the same here: prompts and answers are not cut.
@@ -92,6 +98,7 @@ def answer_panel(
         packs: on the reader rank, held-out packs.
         recipe: the run.
         tokenizer: its tokenizer.
+        family: whose checkpoint the run came from, which says what boxes count; None where it is not known.
 
     Returns:
         [H, W, 3] uint8 on the reader rank; None on the others, and where no question fits.
@@ -115,7 +122,8 @@ def answer_panel(
     if not is_reader() or not questions:
         return None
     codes, pairs = recipe.model.language.picture_tokens, zip(questions, answers, strict=True)
-    items = [_item(question, answer, tokenizer, plan, codes) for question, answer in pairs]
+    space = box_space(family, recipe.model)
+    items = [panel_item(question, answer, tokenizer, space, codes) for question, answer in pairs]
     return torch.from_numpy(np.array(draw_panel(items)))
 
 
@@ -157,21 +165,48 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
     ]
 
 
-def _item(
-    question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer, plan: ImagePlan,
-    codes: tuple[int, int] | None,
+def panel_item(
+    question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer, space: BoxSpace,
+    codes: tuple[int, int] | None = None,
 ) -> PanelItem:  # fmt: skip
-    """What a card shows: the last user turn, both answers, and the pictures, but those that are ``codes`` already."""
+    """Return what a card shows: the last user turn, both answers, and the pictures as the model sees them.
+
+    Boxes are drawn where they lie in the first view; whether they overlap is told in the whole picture.
+
+    Args:
+        question: what was asked.
+        answer: token ids of what the model said.
+        tokenizer: the run's.
+        space: what boxes count, with the image plan.
+        codes: first id, and that behind the last, of tokens that are pictures already; None for none.
+    """
     assert question.pixels is not None
-    shown: Iterable[Tensor] = question.pixels
+    plan, shown = space.plan, iter(question.pixels)
     if isinstance(plan, PackedPlan):
         grids = [grid for shape in question.shapes for grid in plan.of(shape).grids]
-        shown = pictures_of(question.pixels, grids, plan)
+        shown = iter(pictures_of(question.pixels, grids, plan))
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in shown]
     words = [one for one in question.prompt.tolist() if codes is None or not codes[0] <= one < codes[1]]
+    expected, predicted = answer_text([int(i) for i in question.expected], tokenizer), answer_text(answer, tokenizer)
+    # A film's frames are no plane: its boxes are parts of a frame.
+    first = question.shapes[0] if question.shapes and not isinstance(question.shapes[0], FilmShape) else None
+    layout = None if first is None else plan.of(first)
+
+    def read(text: str) -> list[FoundBox]:
+        return find_boxes(text) if layout is None else space.find(text, layout)
+
+    def drawn(text: str) -> list[FoundBox]:
+        found = read(text)
+        if layout is None:
+            return found
+        placed = [(one.name, on_first_view(one.sides, plan, layout)) for one in found]
+        return [FoundBox(name, sides) for name, sides in placed if sides is not None]
+
     return PanelItem(
         question=last_question(words, tokenizer),
-        expected=answer_text([int(i) for i in question.expected], tokenizer),
-        predicted=answer_text(answer, tokenizer),
+        expected=expected,
+        predicted=predicted,
         images=[picture.resize([max(side, _SMALLEST_PICTURE) for side in picture.size]) for picture in pictures],
+        correct=box_hit(predicted, expected, read=read) if read(expected) else exact_match(predicted, expected),
+        boxes=drawn,
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megavlm.data.box_notations import find_boxes
+from megavlm.data.box_words import NOTATIONS
+from megavlm.data.templates import find_template, names
 
 WHOLE = (0.1, 0.2, 0.5, 0.75)
 
@@ -27,6 +31,7 @@ WHOLE = (0.1, 0.2, 0.5, 0.75)
         ("A cat [[100,200,500,750]] sits.", None),
         ("<p>the cat</p> {<10><20><50><75>}", "the cat"),
         ("{<10><20><50><75>}", None),
+        ("{ <10> <20><unk><50> <75>}", None),
     ],
 )
 def test_each_notation(answer: str, name: str | None) -> None:
@@ -77,3 +82,34 @@ def test_bare_numbers_count_the_square_that_the_picture_is_padded_to() -> None:
     assert find_boxes("[0.1, 0.2, 0.5, 0.5]", parts_of=place)[0].sides == pytest.approx((0.1, 0.0, 0.5, 0.5))
     assert find_boxes("[0.1, 0.0, 0.5, 0.2]", parts_of=place) == []  # padding alone
     assert find_boxes("<box>(100,200),(500,750)</box>", parts_of=place)[0].sides == pytest.approx(WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "edges"),
+    [
+        ("qwen_vl", "<box>(100,200),(500,750)</box>", "<box>(0,0),(999,999)</box>"),
+        ("minigpt_v2", "{<10><20><50><75>}", "{<0><0><100><100>}"),
+        ("cogvlm", "[[100,200,500,750]]", "[[000,000,999,999]]"),
+    ],
+)
+def test_what_is_written_is_read(name: str, written: str, edges: str) -> None:
+    """The forms are written once more, from the papers and code that box_words.py names."""
+    notation = NOTATIONS[name]
+    assert (notation.write(WHOLE), notation.write((-1, 0, 1, 2))) == (written, edges)
+    assert notation.write_pixels((64, 96, 320, 360), (640, 480)) == written
+    assert find_boxes(notation.write((0.337, 0.005, 0.339, 0.019)))[:1] == find_boxes(
+        {"qwen_vl": "<box>(337,5),(339,19)</box>", "minigpt_v2": "", "cogvlm": "[[337,005,339,019]]"}[name]
+    )  # of less than a hundredth there is no box with an area
+    (found,) = find_boxes(f"It is at {written}.")
+    assert found.sides == pytest.approx(WHOLE)
+    assert "{thing}" in notation.asks and "{box}" in notation.names and "{thing}" in notation.named
+
+
+def test_templates_name_notations_that_there_are_and_no_token_depends_on_it() -> None:
+    taught = {name: find_template(name).boxes for name in names()}
+    assert {one for one in taught.values() if one} == set(NOTATIONS)
+    assert [name for name, boxes in taught.items() if boxes == "minigpt_v2"] == ["minigpt_v2", "tinygpt_v"]
+    assert [name for name, boxes in taught.items() if boxes == "qwen_vl"] == ["qwen_vl"]
+    for name in ("qwen_vl", "cogvlm"):  # saved states have the fingerprint
+        template = find_template(name)
+        assert replace(template, boxes="").fingerprint == template.fingerprint

@@ -12,6 +12,7 @@ import pytest
 from data_helpers import encode_image
 from PIL import Image, ImageOps
 
+from megavlm.data.box_notations import find_boxes
 from megavlm.data.formats import Broken, Source, choose
 from megavlm.data.frames import Frame, frame_of
 from megavlm.data.images import decode_with_pil
@@ -79,6 +80,22 @@ def test_regions_turn_with_their_picture(turn: int, info: str | None, tmp_path: 
     (record,) = choose(source, "vg-regions").load().read(source)
     found = tuple(map(int, re.findall(r"\d+", record["conversations"][1]["value"])))
     assert is_red(data, found), (found, record)
+
+
+@pytest.mark.parametrize("boxes", ["qwen_vl", "minigpt_v2", "cogvlm"])
+def test_regions_turn_in_every_notation(boxes: str, tmp_path: Path) -> None:
+    for turn in (1, 2, 6, 7):
+        data = picture(turn)
+        (tmp_path / "1.jpg").write_bytes(data)
+        x1, y1, x2, y2 = BOX
+        region = {"region_id": 1, "phrase": "the red", "x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1}
+        (tmp_path / "r.json").write_text(json.dumps([{"id": 1, "regions": [region]}]))
+        source = Source(tmp_path / "r.json", tmp_path, boxes=boxes)
+        (record,) = choose(source, "vg-regions").load().read(source)
+        ((_, sides),) = find_boxes(record["conversations"][1]["value"])
+        if boxes == "minigpt_v2":  # hundredths, rounded down, of sides of 32 and 64 pixels
+            sides = (sides[0], sides[1], sides[2] + 0.01, sides[3] + 0.01)
+        assert is_red(data, tuple(round(1000 * side) for side in sides)), (turn, record)
 
 
 @pytest.mark.parametrize("turn", [1, 3, 6, 8])

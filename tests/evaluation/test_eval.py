@@ -187,7 +187,7 @@ def test_metrics_by_key() -> None:
     assert scores_of(captions, ["cider"], ["a red flag on a pole", "a dog"]).values["cider"] > 100
     for record, chosen, message in (
         (held_out("red"), ["vqa"], "answers of several people"),
-        (held_out("red", metric="iou"), ["exact"], "metric iou needs <box>"),
+        (held_out("red", metric="iou"), ["exact"], "metric iou needs a box"),
         (held_out("red", metric="bleu"), ["exact"], "record r: no metric 'bleu'"),
     ):
         with pytest.raises(UserError, match=message):

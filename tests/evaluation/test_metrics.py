@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from megavlm.data.boxes import parse_boxes
 from megavlm.evaluation.metrics import box_hit, box_iou, exact_match, score
 
 
@@ -21,49 +20,6 @@ from megavlm.evaluation.metrics import box_hit, box_iou, exact_match, score
 )
 def test_exact_match(prediction: str, answer: str, expected: bool) -> None:
     assert exact_match(prediction, answer) is expected
-
-
-def test_parse_boxes_reads_references_and_bare_boxes() -> None:
-    text = (
-        "<ref>the red circle</ref><box>(125,250),(500,625)</box> and <box>(0,0),(999,1000)</box>"
-        "<ref> a dog </ref> <box> ( 1 , 2 ) , ( 3 , 4 ) </box>"
-    )
-    assert parse_boxes(text) == [
-        ("the red circle", (125, 250, 500, 625)),
-        (None, (0, 0, 999, 1000)),
-        ("a dog", (1, 2, 3, 4)),
-    ]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "red",
-        "<box></box>",
-        "<box>(1,2),(3,4)",
-        "(1,2),(3,4)</box>",
-        "<box>(1,2)(3,4)</box>",
-        "<box>(1,2),(3)</box>",
-        "<box>(-1,2),(3,4)</box>",
-        "<box>(1.5,2),(3,4)</box>",
-        "<box>(1,2),(3,4),(5,6)</box>",
-        "<box>(3,2),(1,4)</box>",
-        "<box>(1,4),(3,4)</box>",
-        "<box>(1,2),(1001,4)</box>",
-        "<box>(1,2),(99999,4)</box>",
-        "<ref>a</ref>",
-    ],
-)
-def test_malformed_boxes_are_skipped(text: str) -> None:
-    assert parse_boxes(text) == []
-    whole = "<ref>x</ref><box>(1,2),(3,4)</box>"
-    assert parse_boxes(text + " ; " + whole) == [("x", (1, 2, 3, 4))]
-
-
-def test_a_reference_belongs_to_the_box_right_behind_it() -> None:
-    text = "<ref>a</ref><box>(9,9),(1,1)</box><box>(1,2),(3,4)</box>"
-    assert parse_boxes(text) == [(None, (1, 2, 3, 4))]
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,27 @@ def test_correctness_is_by_overlap_for_boxes_and_can_be_given() -> None:
     assert not PanelItem("Where?", box, far).is_correct
     assert PanelItem("Where?", box, far, correct=True).is_correct
     assert not PanelItem("What?", "red", "red", correct=False).is_correct
+    for near, far in (("{<0><0><10><8>}", "{<50><50><60><60>}"), ("[[000,000,100,080]]", "[[500,500,600,600]]")):
+        assert PanelItem("Where?", box, near).is_correct and PanelItem("Where?", near, near).is_correct
+        assert not PanelItem("Where?", box, far).is_correct and not PanelItem("Where?", near, far).is_correct
 
 
-def test_boxes_are_drawn_where_they_are() -> None:
-    expected = "<box>(125,250),(500,750)</box>"
-    predicted = "<box>(500,500),(875,875)</box>"
+@pytest.mark.parametrize(
+    ("expected", "predicted"),
+    [
+        ("<box>(125,250),(500,750)</box>", "<box>(500,500),(875,875)</box>"),
+        ("{<12><25><50><75>}", "<p>it</p>{<50><50><88><88>}"),
+        ("[[125,250,500,750]]", "it is at [[500,500,875,875]]"),
+        # A record's answer, and what a model of another notation says.
+        ("<box>(125,250),(500,750)</box>", "{<50><50><88><88>}"),
+    ],
+)
+def test_boxes_are_drawn_where_they_are(expected: str, predicted: str) -> None:
+    tolerance = 4 if "{" in expected + predicted else 0  # hundredths of 800 pixels
     item = PanelItem("Where?", expected, predicted, [picture()])
     drawn = panel._pictures(item, 800, panel.ImageFont.load_default(14))
-    assert extent(drawn, panel._WRONG) == pytest.approx((400, 400, 700, 700), abs=4)
-    assert extent(drawn, panel._INK) == pytest.approx((100, 200, 400, 600), abs=6)
+    assert extent(drawn, panel._WRONG) == pytest.approx((400, 400, 700, 700), abs=4 + tolerance)
+    assert extent(drawn, panel._INK) == pytest.approx((100, 200, 400, 600), abs=6 + tolerance)
     # The dashed outline is one pixel wide and broken; the solid one is three wide.
     dashed = count(drawn, panel._INK)
     assert 0.3 * 1400 < dashed < 0.7 * 1400

@@ -19,13 +19,14 @@ from run_data import RunData
 
 from megavlm.cli import main
 from megavlm.commands.chat import Chat, _lines, _read_line
+from megavlm.data.box_space import BoxSpace
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.plans_single import PadPlan
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.families.llava import LlavaFamily
 from megavlm.families.qwen2_vl import Qwen25VLFamily
 from megavlm.families.qwen3_vl import Qwen3VLFamily
-from megavlm.inference.boxes import BoxSpace, draw_boxes
+from megavlm.inference.boxes import draw_boxes
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.session import Asked, Piece, session

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm.data.boxes import parse_boxes
+from megavlm.data.box_notations import find_boxes
 from megavlm.quickstart import render
 from megavlm.quickstart.render import RenderedData, render_dataset
 from megavlm.quickstart.render_questions import (
@@ -215,7 +215,8 @@ def test_boxes_hold_the_object_tightly(rendered: Rendered) -> None:
         for task, question, answer in turns_of(record):
             if task != "box":
                 continue
-            ((ref, (x1, y1, x2, y2)),) = parse_boxes(answer)
+            ((ref, sides),) = find_boxes(answer)
+            x1, y1, x2, y2 = (1000 * side for side in sides)
             assert question == f"Where is {ref}?"
             assert all(value % 125 == 0 and 125 <= value <= 875 for value in (x1, y1, x2, y2))
             (name,) = names_of_images(record)

@@ -19,5 +19,10 @@ register("alpaca", f"{_HERE}.alpaca", "instruction, input and output, or query a
 register("coco-captions", f"{_HERE}.coco_captions", "COCO's captions_*.json")
 register("vqa", f"{_HERE}.vqa", "questions and answers of VQAv2, OK-VQA, VizWiz, TextVQA, DocVQA, GQA, OCR-VQA, "
          "Visual Genome", ("annotations",))  # fmt: skip
-register("vg-regions", f"{_HERE}.vg_regions", "Visual Genome's region_descriptions.json", ("image_info", "per_sample"))
+register(
+    "vg-regions",
+    f"{_HERE}.vg_regions",
+    "Visual Genome's region_descriptions.json",
+    ("image_info", "per_sample", "boxes"),
+)
 register("synthdog", f"{_HERE}.synthdog", "SynthDoG's metadata.jsonl, also that of megavlm render-text, or its parquet")

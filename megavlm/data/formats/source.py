@@ -53,6 +53,8 @@ class Source:
     """Visual Genome: ``image_data.json``."""
     per_sample: int | None = None
     """Visual Genome: regions of one sample; None for the default."""
+    boxes: str | None = None
+    """Visual Genome: notation of boxes (:mod:`megavlm.data.box_words`); None for Qwen-VL's."""
     store: PictureStore | None = None
     """Where pictures are, in the place of :attr:`images`."""
     pictures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)

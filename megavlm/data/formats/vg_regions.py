@@ -6,17 +6,18 @@ stored, whose size is in ``image_data.json`` or in the picture itself. Where EXI
 
 A sample has up to ``per_sample`` regions of a picture, as turns of one conversation; samples alternate between
 *grounding* (``<ref>phrase</ref>`` asks for ``<box>(x1,y1),(x2,y2)</box>``) and *grounded captioning*
-(``<ref>This</ref><box>..</box>`` asks for ``is phrase``), the two forms of Qwen-VL's pre-training (arXiv 2308.12966).
+(``<ref>This</ref><box>..</box>`` asks for ``is phrase``), the two forms of Qwen-VL's pre-training (arXiv 2308.12966);
+or in the words and the notation of another family, which ``--boxes`` names (:mod:`megavlm.data.box_words`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from megavlm.config.errors import UserError
+from megavlm.data.box_words import QWEN_VL_BOXES, BoxNotation, find_notation
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, plain
 from megavlm.data.formats.source import Source
 from megavlm.data.frames import Frame, frame_of
@@ -41,15 +42,19 @@ def read(source: Source) -> Iterator[Record | Broken]:
     if per_sample < 1:
         raise UserError(f"--per-sample must be at least 1, not {per_sample}")
     known = _image_info(source)
+    notation = QWEN_VL_BOXES if source.boxes is None else find_notation(source.boxes, "--boxes")
     for number, entry in enumerate(source.rows()):
         try:
-            yield from _picture(source, entry, known, per_sample, number)
+            yield from _picture(source, entry, known, per_sample, number, notation)
         except BrokenError as error:
             yield error.about(identity(entry, "id", "image_id"))
 
 
-def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: float, turn: int = 1) -> str:
-    """Write a box of pixels as Qwen-VL does: thousandths of the upright picture, integers from 0 to 999.
+def to_box(
+    x1: float, y1: float, x2: float, y2: float, width: float, height: float, turn: int = 1,
+    notation: BoxNotation = QWEN_VL_BOXES,
+) -> str:  # fmt: skip
+    """Write a box of pixels as one of the upright picture: as Qwen-VL does, integers from 0 to 999, or as another.
 
     Args:
         x1: Left.
@@ -59,6 +64,7 @@ def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: flo
         width: Of the picture as the box was measured in it.
         height: As ``width``.
         turn: How that picture is to be turned to stand upright, 1 (not at all) to 8, as EXIF counts.
+        notation: How it is written.
 
     Raises:
         BrokenError: It has no area, or none inside the picture.
@@ -72,11 +78,7 @@ def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: flo
     frame = Frame(width, height, turn)
     x1, y1, x2, y2 = frame.box(x1, y1, x2, y2)
     width, height = frame.upright
-    left, top, right, bottom = (
-        math.floor(min(999.0, max(0.0, value * 1000 / side)))
-        for value, side in ((x1, width), (y1, height), (x2, width), (y2, height))
-    )
-    return f"<box>({left},{top}),({right},{bottom})</box>"
+    return notation.write_pixels((x1, y1, x2, y2), (width, height))
 
 
 def _image_info(source: Source) -> dict[int | str, Record]:
@@ -95,7 +97,7 @@ def _image_info(source: Source) -> dict[int | str, Record]:
 
 
 def _picture(
-    source: Source, entry: Any, known: dict[int | str, Record], per_sample: int, number: int
+    source: Source, entry: Any, known: dict[int | str, Record], per_sample: int, number: int, notation: BoxNotation
 ) -> Iterator[Record | Broken]:
     regions = field(entry, "regions", list)
     image_id = identity(entry, "image_id", "id")
@@ -111,7 +113,7 @@ def _picture(
             usable.append(
                 (
                     plain(field(region, "phrase"), "the phrase"),
-                    to_box(x, y, x + w, y + h, frame.width, frame.height, frame.turn),
+                    to_box(x, y, x + w, y + h, frame.width, frame.height, frame.turn, notation),
                 )
             )
         except BrokenError as error:
@@ -119,15 +121,18 @@ def _picture(
     for part, start in enumerate(range(0, len(usable), per_sample)):
         # By the picture's number too, so that pictures with few regions bring both kinds.
         find = (number + part) % 2 == 0
-        yield _sample(f"{image_id}-{part}", image, usable[start : start + per_sample], find)
+        yield _sample(f"{image_id}-{part}", image, usable[start : start + per_sample], find, notation)
 
 
-def _sample(sample_id: str, image: str, regions: list[tuple[str, str]], find: bool) -> Record:
+def _sample(sample_id: str, image: str, regions: list[tuple[str, str]], find: bool, notation: BoxNotation) -> Record:
     turns = []
     for index, (phrase, box) in enumerate(regions):
-        question = f"<ref>{phrase}</ref>" if find else f"<ref>This</ref>{box}"
-        turns.append({"from": "user", "value": question if index else f"<img>{image}</img>{question}"})
-        turns.append({"from": "assistant", "value": box if find else f"is {phrase}"})
+        question = notation.asks.format(thing=phrase) if find else notation.names.format(box=box)
+        shown = (
+            "" if index else f"<img>{image}</img>" if notation is QWEN_VL_BOXES else f"Picture 1: <img>{image}</img>\n"
+        )
+        turns.append({"from": "user", "value": shown + question})
+        turns.append({"from": "assistant", "value": box if find else notation.named.format(thing=phrase)})
     return {"id": sample_id, "task": "grounding" if find else "grounded caption", "conversations": turns}
 
 

@@ -12,6 +12,7 @@ from megavlm.config.checks import source_name
 from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
+from megavlm.data.box_space import BoxSpace
 from megavlm.data.cache import located
 from megavlm.data.codes import check_codes
 from megavlm.data.decoders import make_decoder
@@ -74,6 +75,8 @@ class Collected:
     packs: list[Pack] = field(default_factory=list)
     masked: dict[str, str] = field(default_factory=dict)
     """Why no token of a sample is supervised, by its key, where a picture of it cannot be decoded."""
+    space: BoxSpace | None = None
+    """What the numbers of boxes count; None where they count parts of the picture."""
 
 
 def collect(

@@ -199,13 +199,13 @@ def _fill(packs: Sequence[Pack]) -> float:
 
 
 def _sample(number: int, pack: Pack, task: str, found: Collected, tokenizer: Tokenizer) -> str:
-    (segment,) = segments(pack, tokenizer, found.plan)
+    (segment,) = segments(pack, tokenizer, found.plan, found.space)
     title = f"sample {number + 1}"
     return f'<article id="sample-{number + 1}">{_body(segment, found, title, f"task {task}")}</article>'
 
 
 def _pack(number: int, pack: Pack, found: Collected, tokenizer: Tokenizer) -> str:
-    parts = segments(pack, tokenizer, found.plan)
+    parts = segments(pack, tokenizer, found.plan, found.space)
     length = len(pack.tokens)
     filled = length - pack.padding_tokens
     blocks = []

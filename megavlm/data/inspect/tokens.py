@@ -11,16 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.box_notations import find_boxes
+from megavlm.data.box_space import BoxSpace, ReadBoxes
 from megavlm.data.films.film import Film
+from megavlm.data.images import ImageError, upright_size
 from megavlm.data.media import ImageLayout, ImagePlan
 from megavlm.data.read_pack import image_starts
 from megavlm.data.tokenizer import Tokenizer
 
 _MOST_TOKENS_OF_A_CHARACTER = 4
 _CONTEXT = 8
-_TURN = re.escape("<|im_end|>\n<|im_start|>assistant\n")
 # What is named stands in front of its box, in the question or in the answer.
-_SHAPE = re.compile(rf"(?:<ref>([^<]*)</ref>(?:{_TURN})?)?" + r"<(box|quad)>((?:\(\d{1,4},\d{1,4}\),?){2,4})</\2>")
+_TURN = re.compile(r"(?<=</ref>)<\|im_end\|>\n<\|im_start\|>assistant\n(?=<box>|<quad>)")
+_QUAD = re.compile(r"(?:<ref>([^<]*)</ref>)?<quad>((?:\(\d{1,4},\d{1,4}\),?){4})</quad>")
 _POINT = re.compile(r"\((\d+),(\d+)\)")
 
 
@@ -67,8 +70,11 @@ class Segment:
     shapes: tuple[Shape, ...]
 
 
-def segments(pack: Pack, tokenizer: Tokenizer, plan: ImagePlan) -> list[Segment]:
-    """Take a pack apart by its ``cu_seqlens``, with the pictures and films that belong to each segment."""
+def segments(pack: Pack, tokenizer: Tokenizer, plan: ImagePlan, space: BoxSpace | None = None) -> list[Segment]:
+    """Take a pack apart by its ``cu_seqlens``, with the pictures and films that belong to each segment.
+
+    ``space`` is what the numbers of boxes count; None where they count parts of the picture.
+    """
     layouts = pack.layouts(plan)
     starts = image_starts(pack, plan, tokenizer.imgpad_id)
     found = []
@@ -86,19 +92,30 @@ def segments(pack: Pack, tokenizer: Tokenizer, plan: ImagePlan) -> list[Segment]
         text = "".join(piece.text for piece in pieces if piece.image is None)
         images = tuple(pack.images[first:last])
         own = () if layouts is None else tuple(layouts[first:last])
-        found.append(Segment(start, end, source, key, images, own, pieces, sum(trained), tuple(shapes(text))))
+        marks = tuple(shapes(text, _reader(images, space)))
+        found.append(Segment(start, end, source, key, images, own, pieces, sum(trained), marks))
     return found
 
 
-def shapes(text: str) -> Iterator[Shape]:
-    """Yield the boxes and quadrilaterals in Qwen-VL's notation."""
-    for match in _SHAPE.finditer(text):
-        points = [(int(x), int(y)) for x, y in _POINT.findall(match[3])]
-        if match[2] == "box" and len(points) == 2:
-            (left, top), (right, bottom) = points
-            points = [(left, top), (right, top), (right, bottom), (left, bottom)]
-        if len(points) == 4:
-            yield Shape(match[2], (match[1] or "").strip(), tuple(points))
+def shapes(text: str, read: ReadBoxes = find_boxes) -> Iterator[Shape]:
+    """Yield the boxes that ``read`` finds in a text, and the quadrilaterals in Qwen-VL's notation."""
+    text = _TURN.sub("", text)
+    for name, sides in read(text):
+        left, top, right, bottom = (round(1000 * side) for side in sides)
+        yield Shape("box", name or "", ((left, top), (right, top), (right, bottom), (left, bottom)))
+    for match in _QUAD.finditer(text):
+        yield Shape("quad", (match[1] or "").strip(), tuple((int(x), int(y)) for x, y in _POINT.findall(match[2])))
+
+
+def _reader(images: Sequence[bytes | Film], space: BoxSpace | None) -> ReadBoxes:
+    """Return what finds the boxes of a segment's texts, which are of its first picture."""
+    first = next((data for data in images if isinstance(data, bytes)), None)
+    if space is None or first is None or not (space.pixels or space.plane):
+        return find_boxes
+    try:
+        return space.of(upright_size(first))
+    except ImageError:  # nothing is drawn on it: the page tells why
+        return find_boxes
 
 
 def _pieces(

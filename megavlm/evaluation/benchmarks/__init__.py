@@ -1,7 +1,8 @@
 """The public benchmarks. One small file of readers per family; one line below registers a benchmark.
 
 Prompts, longest answers and metrics are the Qwen-VL paper's (arXiv 2308.12966) and its ``eval_mm``; for POPE and
-MMMU, which it does not have, they are ours. docs/evaluation.md has the table.
+MMMU, which it does not have, they are ours. docs/evaluation.md has the table; ``own_words.py`` what becomes of it for
+models that write boxes otherwise.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ _ALL = (
     Benchmark("mmmu", read_mmmu, _MMMU, 10, choice_accuracy, "validation-00000-of-00001.parquet", open_prompt=_OPEN),
     Benchmark("mme", read_mme, _TURN, 10, mme_scores, "the folder MME_Benchmark_release_version", chat=True),
     Benchmark("pope", read_pope, _ASK, 10, pope_scores, "coco_pope_adversarial.json"),
-    Benchmark("refcoco", read_refcoco, _FIND, 28, box_accuracy, "refcoco_testA.jsonl"),
-    Benchmark("refcoco+", read_refcoco, _FIND, 28, box_accuracy, "refcoco+_testA.jsonl"),
-    Benchmark("refcocog", read_refcoco, _FIND, 28, box_accuracy, "refcocog_test.jsonl"),
+    Benchmark("refcoco", read_refcoco, _FIND, 28, box_accuracy, "refcoco_testA.jsonl", finds=True),
+    Benchmark("refcoco+", read_refcoco, _FIND, 28, box_accuracy, "refcoco+_testA.jsonl", finds=True),
+    Benchmark("refcocog", read_refcoco, _FIND, 28, box_accuracy, "refcocog_test.jsonl", finds=True),
     Benchmark("flickr30k", read_captions, _DESCRIBE, 30, caption_scores, "dataset_flickr30k.json", needs=_CAPTIONS),
     Benchmark("nocaps", read_captions, _DESCRIBE, 30, caption_scores, "nocaps_val_4500_captions.json", needs=_CAPTIONS),
     Benchmark("coco-captions", read_captions, _DESCRIBE, 30, caption_scores, "captions_val2014.json", needs=_CAPTIONS),

@@ -18,16 +18,20 @@ from typing import Any
 from megavlm.checkpoint.manifest import MANIFEST, replace_text
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
+from megavlm.data.box_space import BoxSpace
 from megavlm.data.media import plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks import find_benchmark, read_items
+from megavlm.evaluation.benchmarks.own_words import as_taught
 from megavlm.evaluation.benchmarks.predictions import Row, put_together, read_predictions
 from megavlm.evaluation.benchmarks.published import published
 from megavlm.evaluation.benchmarks.questions import Question, digest, make_questions
+from megavlm.evaluation.benchmarks.readers import reader_of
 from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, BenchmarkFiles, Item, Scores
 from megavlm.evaluation.metrics.grounding import box_text, first_box
 from megavlm.evaluation.report import Card, Page, write_report
+from megavlm.inference.boxes import box_space, family_of, own_question
 from megavlm.parallel.lock import TIMEOUT_SECONDS, LockView
 from megavlm.parallel.output import holding, try_writing
 
@@ -49,6 +53,8 @@ class BenchmarkRun:
     max_new_tokens: int
     scored: bool
     skipped: Counter[str]
+    space: BoxSpace | None = None
+    """What boxes in answers count; None where they count parts of the picture."""
     as_published: bool = False
     """Whether it is asked as the benchmark's table says, so that figures of others may stand beside its own."""
 
@@ -122,7 +128,7 @@ def answer_run(
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer: Any) -> BenchmarkRun:
-    benchmark = find_benchmark(args.benchmark)
+    benchmark = published_as = find_benchmark(args.benchmark)
     scored = not args.predict_only
     if scored and benchmark.needs and importlib.util.find_spec(benchmark.needs) is None:
         raise UserError(
@@ -137,6 +143,9 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
         logger.warning("%d questions are skipped: %s", count, cause)
     if scored:
         _check_answers(args.data, items)
+    family = family_of(checkpoint)
+    space = box_space(family, recipe.model)
+    benchmark = as_taught(published_as, own_question(family, recipe.model), space)
     max_new_tokens = args.max_new_tokens or benchmark.max_new_tokens
     chat = benchmark.chat or args.chat
     questions = make_questions(benchmark, items, tokenizer, recipe, max_new_tokens, chat)
@@ -154,8 +163,9 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
         "precision": recipe.training.precision,
     }
     identity, done = with_predictions(out, benchmark.name, identity)
-    usual = chat == benchmark.chat and max_new_tokens == benchmark.max_new_tokens
-    return BenchmarkRun(benchmark, out, questions, identity, done, max_new_tokens, scored, source.skipped, usual)
+    usual = (chat, max_new_tokens) == (benchmark.chat, benchmark.max_new_tokens)
+    usual = usual and benchmark.prompt == published_as.prompt
+    return BenchmarkRun(benchmark, out, questions, identity, done, max_new_tokens, scored, source.skipped, space, usual)
 
 
 def with_predictions(out: Path, benchmark: str, identity: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Row]]:
@@ -247,7 +257,7 @@ def _write(
         kinds=scores.kinds if scores else {},
         published=published(plan.benchmark.name, len(asked)) if plan.as_published else {},
         problems=told_problems,
-        cards=[_card(asked[i], rows[asked[i].item.id], each) for i in _chosen(asked, each, cards)],
+        cards=[_card(asked[i], rows[asked[i].item.id], each, plan.space) for i in _chosen(asked, each, cards)],
         plan=plan_of(recipe.model),
         alpha=recipe.data.image_alpha,
     )
@@ -274,10 +284,11 @@ def _spread(indices: Sequence[int], count: int) -> list[int]:
     return [indices[i * len(indices) // count] for i in range(count)]
 
 
-def _card(one: Question, row: Row, each: Mapping[str, float]) -> Card:
+def _card(one: Question, row: Row, each: Mapping[str, float], space: BoxSpace | None) -> Card:
     item, said = one.item, row["prediction"]
     expected = " / ".join(dict.fromkeys(_references(item)))
-    if item.box is not None:
+    read = reader_of(item, space)
+    if item.box is not None and not read(said):  # of a prompt that has opened Qwen-VL's tag
         found = first_box(said, item.size)
         said = box_text(found, item.size) if found else said
     note = row.get("problem", "")
@@ -285,4 +296,4 @@ def _card(one: Question, row: Row, each: Mapping[str, float]) -> Card:
         note = "losses: " + ", ".join(f"{loss:.3f}" for loss in row["losses"])
     question = one.text.replace(IMAGE_PLACEHOLDER, "").strip()
     title = item.id if item.kind == "all" else f"{item.kind} · {item.id}"
-    return Card(title, question, expected, said, each.get(item.id), item.pictures, note)
+    return Card(title, question, expected, said, each.get(item.id), item.pictures, note, read)

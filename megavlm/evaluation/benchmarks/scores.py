@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from megavlm.data.box_space import BoxSpace
+from megavlm.evaluation.benchmarks.readers import reader_of
 from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Item, Metric, Scores, by_kind
 from megavlm.evaluation.metrics.captions import cider
 from megavlm.evaluation.metrics.grounding import hit
@@ -76,13 +78,21 @@ def pope_scores(items: Sequence[Item], predictions: Sequence[str]) -> Scores:
     return Scores({"f1": figures["f1"], **figures}, each, kinds if len(kinds) > 1 else {})
 
 
-def box_accuracy(items: Sequence[Item], predictions: Sequence[str]) -> Scores:
-    """Share of boxes with IoU >= 0.5."""
-    each = []
-    for item, said in zip(items, predictions, strict=True):
-        assert item.box is not None
-        each.append(hit(said, item.box, item.size))
-    return _mean_scores("iou50", items, each)
+def box_accuracy_in(space: BoxSpace | None) -> Metric:
+    """Make a metric that is the share of boxes with IoU >= 0.5, in percent; ``space`` is what their numbers count."""
+
+    def metric(items: Sequence[Item], predictions: Sequence[str]) -> Scores:
+        each = []
+        for item, said in zip(items, predictions, strict=True):
+            assert item.box is not None
+            each.append(hit(said, item.box, item.size, read=reader_of(item, space)))
+        return _mean_scores("iou50", items, each)
+
+    return metric
+
+
+box_accuracy = box_accuracy_in(None)
+"""Share of boxes with IoU >= 0.5, of models whose numbers count parts of the picture."""
 
 
 def caption_scores(items: Sequence[Item], predictions: Sequence[str]) -> Scores:

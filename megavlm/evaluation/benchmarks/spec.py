@@ -154,6 +154,9 @@ class Benchmark:
     """Whether the prompt is a user's turn of a conversation; otherwise it is plain text to go on with."""
     needs: str = ""
     """Python package that the metric needs."""
+    finds: bool = False
+    """Whether it asks where things are: models of other notations are asked in their own words
+    (:mod:`megavlm.evaluation.benchmarks.own_words`)."""
 
 
 def render(benchmark: Benchmark, item: Item) -> str:

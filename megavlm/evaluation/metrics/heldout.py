@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megavlm.config.errors import UserError
-from megavlm.data.boxes import parse_boxes
+from megavlm.data.box_notations import find_boxes
+from megavlm.data.box_space import ReadBoxes
 
 
 def exact_match(prediction: str, *answers: str) -> bool:
@@ -24,20 +25,23 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return shared / union if union > 0 else 0.0
 
 
-def box_hit(prediction: str, answer: str, threshold: float = 0.5) -> bool:
-    """Whether the first box predicted overlaps the answer's first by IoU >= ``threshold``."""
-    predicted, expected = parse_boxes(prediction), parse_boxes(answer)
+def box_hit(prediction: str, answer: str, threshold: float = 0.5, read: ReadBoxes = find_boxes) -> bool:
+    """Whether the first box predicted overlaps the answer's first by IoU >= ``threshold``, as ``read`` finds them."""
+    predicted, expected = read(prediction), read(answer)
     if not expected:
         raise UserError(f"the answer has no box: {answer!r}")
-    return bool(predicted) and box_iou(predicted[0][1], expected[0][1]) >= threshold
+    return bool(predicted) and box_iou(predicted[0].sides, expected[0].sides) >= threshold
 
 
-def score(records: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> dict[str, Any]:
+def score(
+    records: Sequence[Mapping[str, Any]], predictions: Sequence[str], readers: Sequence[ReadBoxes] | None = None
+) -> dict[str, Any]:
     """Summary of the predictions for held-out ``records`` (``task``, ``answers``, the first for boxes, ``choices``).
 
     ``accuracy`` (exact match) and ``counts`` are per task, ``box_iou50`` is over the answers with a
     box. ``heldout_accuracy`` and ``chance_accuracy`` are over the closed questions, those with
     ``choices``; chance is the mean of 1 / number of choices. What has no records is ``None``.
+    ``readers`` find the boxes in the texts of each record; by default they are thousandths, or parts, of the sides.
     """
     if len(records) != len(predictions):
         raise ValueError(f"{len(records)} records, but {len(predictions)} predictions")
@@ -45,15 +49,16 @@ def score(records: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> d
     closed: list[float] = []
     chance: list[float] = []
     hits: list[float] = []
-    for record, prediction in zip(records, predictions, strict=True):
+    readers = [find_boxes] * len(records) if readers is None else readers
+    for record, prediction, read in zip(records, predictions, readers, strict=True):
         answer = record["answers"][0]
         right = float(exact_match(prediction, *record["answers"]))
         by_task[record["task"]].append(right)
         if record["choices"]:
             closed.append(right)
             chance.append(1 / len(record["choices"]))
-        if parse_boxes(answer):
-            hits.append(float(box_hit(prediction, answer)))
+        if read(answer):
+            hits.append(float(box_hit(prediction, answer, read=read)))
     tasks = sorted(by_task)
     return {
         "heldout_accuracy": _mean(closed),

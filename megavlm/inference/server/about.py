@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.schema import ModelConfig
 from megavlm.data.schema import Turn
 from megavlm.data.seen import token_range
 from megavlm.data.template import TemplateError
 from megavlm.families.family import Family
-from megavlm.inference.boxes import family_of
+from megavlm.inference.boxes import family_of, own_question
 from megavlm.inference.server.app import Service
 from megavlm.inference.server.examples import Example, examples
 
@@ -30,17 +31,17 @@ class About:
     """Its family here, which says what its boxes count."""
 
 
-def about_checkpoint(checkpoint: Path, box_tokens: bool) -> About:
-    """Return what a checkpoint's record says.
+def about_checkpoint(checkpoint: Path, model: ModelConfig, box_tokens: bool) -> About:
+    """Return what a checkpoint's record and its template say.
 
     Args:
         checkpoint: its directory.
+        model: its shape, with the template.
         box_tokens: whether its tokenizer has tokens for boxes, as those have that were taught to write them.
     """
     family = family_of(checkpoint)
-    if family is None:
-        return About(None, _OWN_QUESTION if box_tokens else None)
-    return About(family.title, family.finds or (_OWN_QUESTION if box_tokens else None), family)
+    finds = own_question(family, model) or (family and family.finds) or (_OWN_QUESTION if box_tokens else None)
+    return About(None if family is None else family.title, finds, family)
 
 
 def has_box_tokens(service: Service) -> bool:

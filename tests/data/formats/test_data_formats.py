@@ -222,6 +222,17 @@ def test_visual_genome_regions_become_boxes_in_thousandths(tmp_path: Path) -> No
     assert record[2:] == ("<img>VG_100K_2/1.jpg</img><ref>a clock</ref>", "<box>(250,250),(300,300)</box>",
                           "<ref>the whole</ref>", "<box>(0,0),(500,500)</box>",
                           "<ref>a clock</ref>", "<box>(562,0),(565,4)</box>")  # fmt: skip
+    # In the words of other families; a picture stands where their templates have it.
+    shown = "Picture 1: <img>VG_100K_2/1.jpg</img>\n"
+    for boxes, first, second in (
+        ("minigpt_v2", ("[refer] give me the location of a clock", "{<50><50><60><60>}"),
+         ("[identify] what object is in this location {<0><0><100><100>}", "the whole")),
+        ("cogvlm", ("Where is a clock? answer in [[x0,y0,x1,y1]] format.", "[[500,500,600,600]]"),
+         ("Can you give me a description of the region [[000,000,999,999]] in image?", "the whole")),
+    ):  # fmt: skip
+        records, _ = read(tmp_path / "region_descriptions.json", content, tmp_path, per_sample=1, boxes=boxes)
+        for record, (question, answer) in zip(records, (first, second), strict=False):
+            assert record[2:] == (shown + question, answer)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,15 @@ import pytest
 import torch
 from data_helpers import TOKENS_PER_IMAGE, encode_image, open_reader, prepare, write_raw
 from PIL import Image
+from run_data import RunData
 from tokenizer_files import write_llama, write_llava, write_qwen2, write_tiktoken
 
 from megavlm import cli
+from megavlm.checkpoint.assets import write_record
+from megavlm.commands.inspect import _space
 from megavlm.config.load import load_recipe
 from megavlm.data.batch import IGNORE_INDEX
+from megavlm.data.box_space import BoxSpace
 from megavlm.data.chat import encode_conversation
 from megavlm.data.decoders import make_decoder
 from megavlm.data.device_batch import make_batch
@@ -27,7 +31,7 @@ from megavlm.data.feed import Prefetcher
 from megavlm.data.inspect.tokens import segments, shapes
 from megavlm.data.media import plan_of
 from megavlm.data.packing import PackableSample, build_pack
-from megavlm.data.plans_single import SquashPlan
+from megavlm.data.plans_single import PadPlan, SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -140,6 +144,43 @@ def test_shapes() -> None:
         "Where is <ref>the dog</ref><|im_end|>\n<|im_start|>assistant\n<box>(1,2),(3,4)</box> or <box>(5,6),(7,8)</box>"
     )
     assert [shape.name for shape in shapes(asked)] == ["the dog", ""]
+    # The same box in the notations of other families.
+    corners = ((100, 200), (500, 200), (500, 750), (100, 750))
+    for said, name in (
+        ("<ref>a cat</ref><box>(100,200),(500,750)</box>", "a cat"),
+        ("[INST] [refer] a cat [/INST] {<10><20><50><75>}</s>", ""),
+        ("<p>a cat</p>{<10><20><50><75>}", "a cat"),
+        ("Where is a cat? answer in [[x0,y0,x1,y1]] format. [[100,200,500,750]]", ""),
+    ):
+        assert [(shape.name, shape.points) for shape in shapes(said)] == [(name, corners)], said
+
+
+def test_numbers_of_boxes_count_what_the_family_says(tmp_path: Path, tokenizer: Tokenizer, run_data: RunData) -> None:
+    """LLaVA's are parts of the square that a picture is padded to: one of 2 to 1 lies from a quarter of its height."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "wide.jpg").write_bytes(encode_image(Image.new("RGB", (200, 100)), "JPEG"))
+    record = chat("<img>wide.jpg</img>Where?", "[0.25, 0.375, 0.75, 0.625]")
+    shards = prepare(tmp_path, [record], name="wide", images=tmp_path / "images")
+    plan = PadPlan(16, TOKENS_PER_IMAGE)
+    pack = next(open_reader([shards], tokenizer))
+    for space, first in ((BoxSpace(plan, plane=True), (250, 250)), (None, (250, 375))):
+        (part, *_) = segments(pack, tokenizer, plan, space)
+        assert [shape.points[0] for shape in part.shapes] == [first]
+    # Whose the recipe's checkpoint is: its own directory, or what checkpoint.load names, as far as it is there.
+    step = tmp_path / "step-00000001"
+    step.mkdir()
+    (step / "run.json").write_text("{}")
+    write_record(step, {"family": "llava"})
+    own = run_data.recipe(tmp_path)
+    loaded = run_data.recipe(tmp_path, f"checkpoint.load={step}")
+    later = run_data.recipe(tmp_path, f"checkpoint.load={tmp_path / 'later'}")
+    found = [
+        _space(own, step),
+        _space(loaded, Path("a.yaml")),
+        _space(later, Path("a.yaml")),
+        _space(own, Path("tiny")),
+    ]
+    assert [one.plane for one in found] == [True, True, False, False]
 
 
 def test_figures_of_the_page(tmp_path: Path, images: Path, tokenizer_path: Path) -> None:

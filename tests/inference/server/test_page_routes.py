@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from learnt import ANSWER
+from run_data import RunData
 from serving import Served
 
 from megavlm.checkpoint.assets import write_record
@@ -88,12 +89,17 @@ def test_plans_and_boxes_of_the_page(served: Served) -> None:
         ({"family": "codefuse_vlm"}, "CodeFuse", None, False),
     ],
 )
-def test_families(record: dict[str, str], title: str, finds: str | None, pixels: bool, tmp_path: Path) -> None:
+def test_families(
+    record: dict[str, str], title: str, finds: str | None, pixels: bool, run_data: RunData, tmp_path: Path
+) -> None:
     write_record(tmp_path, record)
-    found = about_checkpoint(tmp_path, box_tokens=False)
+    model = run_data.recipe(tmp_path, "model.template=checkpoint").model
+    found = about_checkpoint(tmp_path, model, box_tokens=False)
     assert found.family is not None and title in found.family
     assert found.told_by is not None and found.told_by.box_pixels is pixels
     assert found.finds is None if finds is None else finds in (found.finds or "")
+    taught = about_checkpoint(tmp_path, run_data.recipe(tmp_path, "model.template=minigpt_v2").model, box_tokens=False)
+    assert taught.finds == "[refer] give me the location of {thing}"  # whatever it was made of
 
 
 def test_examples_are_small_and_drawn_the_same() -> None:

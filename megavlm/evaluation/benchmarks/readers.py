@@ -1,0 +1,33 @@
+"""What finds the boxes in answers to a question, as parts of the picture that it shows."""
+
+from __future__ import annotations
+
+from megavlm.data.box_notations import find_boxes
+from megavlm.data.box_space import BoxSpace, ReadBoxes
+from megavlm.data.images import ImageError, upright_size
+from megavlm.data.machine import is_machine_fault
+from megavlm.evaluation.benchmarks.spec import Item, StoredFilm, picture_bytes
+
+
+def reader_of(item: Item, space: BoxSpace | None) -> ReadBoxes:
+    """Return what finds boxes in the answers to a question; they are of its first picture.
+
+    Args:
+        item: the question. A picture of it that cannot be opened, or that the model cannot have, is told where it is
+            asked, and counts as wrong; boxes of it are parts of its sides.
+        space: what boxes count; None where they count parts of the picture.
+
+    Raises:
+        OSError: the machine fails as a picture is read.
+    """
+    if space is None or not (space.pixels or space.plane):
+        return find_boxes
+    first = next((one for one in item.pictures if not isinstance(one, StoredFilm)), None)
+    try:
+        if item.box is not None:
+            return space.of(item.size)
+        return find_boxes if first is None else space.of(upright_size(picture_bytes(first)))
+    except (ImageError, OSError) as error:
+        if is_machine_fault(error):
+            raise
+        return find_boxes
