@@ -6,7 +6,6 @@ against real models.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe
 from megavlm.config.split import is_replicated, tensor_ranks
 from megavlm.data.media import plan_of
+from megavlm.planning.known import Known
 from megavlm.planning.layout import Chunk, Layout
 
 _ALIGNMENT = 64
@@ -75,7 +75,7 @@ def check_costs(model: ModelConfig) -> None:
 
 def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[ChunkParameter, ...]:
     """Return the parameters of one chunk on one tensor-parallel rank."""
-    return _chunk_parameters(*_kind(recipe, layout, chunk))
+    return tuple(one for group in _chunk_groups(*_kind(recipe, layout, chunk)) for one in group)
 
 
 def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
@@ -85,10 +85,7 @@ def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
     return recipe.model, recipe.lora, learns, layout.tensor, layers, chunk.first, chunk.last, chunk.encodes
 
 
-@functools.lru_cache(maxsize=64)
-def _expert_parameters(
-    kind: LanguageConfig, *, learns: bool, quantised: bool, layers: Layers
-) -> tuple[ChunkParameter, ...]:
+def _expert_parameters(kind: LanguageConfig, learns: bool, quantised: bool, layers: Layers) -> list[ChunkParameter]:
     """Return the parameters of the experts of a layer on one rank; ``quantised``: all but biases are in 4 bits."""
     shapes = expert_parameters(kind, layers.experts, layers.expert_tensor)
     spread, matrices = layers.experts > 1, set(shapes[:2])
@@ -96,12 +93,10 @@ def _expert_parameters(
         size: ChunkParameter("language", size, learns, quantised and size in matrices, spread=spread)
         for size in set(shapes)
     }
-    return tuple(known[size] for size in shapes)
+    return [known[size] for size in shapes]
 
 
-# A search asks for the same chunks over and over; those of a hundred experts a layer are long.
-@functools.lru_cache(maxsize=256)
-def _chunk_parameters(
+def _chunk_groups(
     model: ModelConfig,
     lora: LoraConfig,
     learns: tuple[bool, bool, bool],
@@ -110,41 +105,47 @@ def _chunk_parameters(
     first: bool,
     last: bool,
     encodes: bool,
-) -> tuple[ChunkParameter, ...]:
+) -> list[list[ChunkParameter]]:
+    """Return the parameters of a chunk, group by group; what layers of a kind have is one list, there many times."""
     language, cost = model.language, decoder_cost(model.language)
     table = cost.vocabulary(language, tp) // tp * language.hidden_size
-    found: list[ChunkParameter] = []
-    if encodes:
-        for part, learning in (("vision", learns[0]), ("connector", learns[1])):
-            if part == "connector" and plan_of(model).newline:
-                found.append(ChunkParameter(part, language.hidden_size, learning))
-            own = own_of(model, part)
-            shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
-            found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
+    found: list[list[ChunkParameter]] = [_pictures(model, learns, tp) if encodes else []]
     numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.number]
     kinds, crossed = [kind for _, kind in numbered], set(language.cross_layers)
     trained, spread = learns[2] and lora.rank is None, Layers(0, 0, layers.experts, layers.expert_tensor)
-    found += [
-        one
-        for kind in kinds
-        for one in _expert_parameters(kind, learns=trained, quantised=lora.quantize is not None, layers=spread)
-    ]
-    shapes = [
-        one
-        for number, kind in numbered
-        for one in (cost.cross_parameters(kind, tp) if number in crossed else cost.layer_parameters(kind, tp))
-    ]
-    if first:
-        shapes.append(table)
+    experts = {
+        id(kind): _expert_parameters(kind, trained, lora.quantize is not None, spread)
+        for kind in {id(kind): kind for kind in kinds}.values()
+    }
+    found += [experts[id(kind)] for kind in kinds]
+    if lora.rank is not None:
+        own = _with_adapters(language, lora, tp, numbered, first, last)
+        return [*found, list(own), list(_beside_experts(kinds, lora, spread))]
+    plain: dict[tuple[int, bool], list[ChunkParameter]] = {}
+    for number, kind in numbered:
+        key = id(kind), number in crossed
+        if key not in plain:
+            shapes = cost.cross_parameters(kind, tp) if number in crossed else cost.layer_parameters(kind, tp)
+            plain[key] = [ChunkParameter("language", elements, learns[2]) for elements in shapes]
+        found.append(plain[key])
+    shapes = [table] if first else []
     if last:
         shapes += [one.elements for one in final_parameters(language, tp)]
         # A tied output layer has a copy of its own, unless the embedding lies in the same chunk.
         if not (language.tie_word_embeddings and first):
             shapes.append(table)
-    if lora.rank is None:
-        return (*found, *(ChunkParameter("language", elements, learns[2]) for elements in shapes))
-    own = _with_adapters(language, lora, tp, numbered, first, last)
-    return (*found, *own, *_beside_experts(kinds, lora, spread))
+    return [*found, [ChunkParameter("language", elements, learns[2]) for elements in shapes]]
+
+
+def _pictures(model: ModelConfig, learns: tuple[bool, bool, bool], tp: int) -> list[ChunkParameter]:
+    """Return the parameters of tower and connector."""
+    found: list[ChunkParameter] = []
+    for part, learning in (("vision", learns[0]), ("connector", learns[1])):
+        if part == "connector" and plan_of(model).newline:
+            found.append(ChunkParameter(part, model.language.hidden_size, learning))
+        shapes = cost_of(model, part).parameters(own_of(model, part), tensor_ranks(model, part, tp))
+        found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
+    return found
 
 
 def _beside_experts(kinds: Sequence[LanguageConfig], lora: LoraConfig, layers: Layers) -> Iterator[ChunkParameter]:
@@ -194,23 +195,65 @@ def _with_adapters(
             yield ChunkParameter("language", table, lora.train_head)
 
 
-@functools.lru_cache(maxsize=4096)
-def _elements(kind: _Kind, data: int, *, spread: bool = False) -> tuple[int, int, int]:
-    """Return frozen elements, learning ones, and those of the buffer that holds the learning ones.
+class Elements(NamedTuple):
+    """How many elements some parameters have on one rank."""
 
-    ``data`` is the data-parallel size for the distributed optimizer's padding, or 0 for none. ``spread``: of experts
-    that other ranks share, which have a buffer of their own, or of all else.
+    frozen: int = 0
+    learning: int = 0
+    end: int = 0
+    """Of the buffer that holds the learning ones, before it is padded."""
+    quantised: int = 0
+
+    def buffer(self, data: int) -> int:
+        """Return the elements of that buffer, which the optimizer of ``data`` ranks pads; 0 for one that does not."""
+        return _padded(self.end, data) if data else self.learning
+
+
+def chunk_elements(
+    recipe: Recipe, layout: Layout, chunk: Chunk, known: Known | None = None, *, spread: bool = False
+) -> Elements:
+    """Return the elements of a chunk on one tensor-parallel rank.
+
+    ``spread``: of experts that other ranks share, which have a buffer of their own, or of all else.
     """
-    parameters = [parameter for parameter in _chunk_parameters(*kind) if parameter.spread == spread]
-    sizes = [parameter.elements for parameter in parameters if parameter.learns]
+    known = known or Known()
+    ends = chunk.first, chunk.last, chunk.encodes
+    key = layout.tensor, layout.experts, layout.expert_tensor, known.layers(recipe, chunk), *ends
+    return known.once(("elements", *key), lambda: _elements(_chunk_groups(*_kind(recipe, layout, chunk))))[spread]
+
+
+def _elements(groups: Sequence[Sequence[ChunkParameter]]) -> tuple[Elements, Elements]:
+    """Count parameters: those that are not spread, and those that are."""
+    found = [Elements(), Elements()]
+    counted: dict[int, list[Elements]] = {}  # layers of a kind are one object
+    for group in groups:
+        own = counted.get(id(group))
+        if own is None:
+            own = counted[id(group)] = [_counted([one for one in group if one.spread == spread]) for spread in (0, 1)]
+        found = [_behind(before, more) for before, more in zip(found, own, strict=True)]
+    return found[0], found[1]
+
+
+def _counted(parameters: Sequence[ChunkParameter]) -> Elements:
+    sizes = [one.elements for one in parameters if one.learns]
+    quantised = sum(one.elements for one in parameters if one.quantised)
     learning = sum(sizes)
-    frozen = sum(parameter.elements for parameter in parameters) - learning
-    return frozen, learning, buffer_elements(sizes, data) if data else learning
+    return Elements(sum(one.elements for one in parameters) - learning, learning, _end(sizes), quantised)
 
 
-def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk, *, spread: bool = False) -> int:
+def _behind(before: Elements, more: Elements) -> Elements:
+    """Return both together; the buffer of the second begins where that of the first ends, aligned."""
+    end = _aligned(before.end) + more.end if more.end else before.end
+    return Elements(
+        before.frozen + more.frozen, before.learning + more.learning, end, before.quantised + more.quantised
+    )
+
+
+def learning_elements(
+    recipe: Recipe, layout: Layout, chunk: Chunk, known: Known | None = None, *, spread: bool = False
+) -> int:
     """Return the elements of a chunk that learn, on one tensor-parallel rank; ``spread``: of its experts, with EP."""
-    return _elements(_kind(recipe, layout, chunk), 0, spread=spread)[1]
+    return chunk_elements(recipe, layout, chunk, known, spread=spread).learning
 
 
 def replicated_elements(recipe: Recipe, layout: Layout) -> int:
@@ -218,22 +261,23 @@ def replicated_elements(recipe: Recipe, layout: Layout) -> int:
     if layout.apart:  # over all ranks of the job: ``apart_elements``
         return 0
     parts = {part for part in ("vision", "connector") if is_replicated(recipe.model, part, layout.tensor)}
-    found = chunk_parameters(recipe, layout, layout.chunks[0]) if parts else ()
+    model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
+    found = _pictures(model, learns, layout.tensor) if parts else []
     return sum(parameter.elements for parameter in found if parameter.learns and parameter.module in parts)
 
 
-def apart_elements(recipe: Recipe, layout: Layout) -> tuple[int, int, int]:
+def apart_elements(recipe: Recipe, layout: Layout, known: Known | None = None) -> tuple[int, int, int]:
     """Return what every rank has of tower and connector where they lie on all: frozen, learning, gradient buffer."""
     if not layout.apart:
         return 0, 0, 0
-    model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
-    whole = _chunk_parameters(
-        model, LoraConfig(), learns, layout.tensor if layout.together else 1, Layers(), True, False, True
-    )
-    found = [parameter for parameter in whole if parameter.module != "language"]
-    sizes = [parameter.elements for parameter in found if parameter.learns]
-    frozen = sum(parameter.elements for parameter in found) - sum(sizes)
-    return frozen, sum(sizes), buffer_elements(sizes, layout.vision_data) if sizes else 0
+    ranks = layout.tensor if layout.together else 1
+
+    def reckon() -> Elements:
+        model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
+        return _counted(_pictures(model, learns, ranks))
+
+    own = (known or Known()).once(("elements apart", ranks), reckon)
+    return own.frozen, own.learning, own.buffer(layout.vision_data)
 
 
 @dataclass(frozen=True)
@@ -245,50 +289,50 @@ class StaticBytes:
     optimizer: int
 
 
-def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
+def static_bytes(recipe: Recipe, layout: Layout, stage: int, known: Known | None = None) -> StaticBytes:
     """Return the bytes of weights, gradients and optimizer of a rank of ``stage``.
 
     As Megatron-Core keeps them: weights in the compute type; fp32 gradients of what learns, in buffers that the
     distributed optimizer pads; AdamW's two moments and, in bf16, the master weights in fp32, which the distributed
     optimizer spreads over the data- and context-parallel ranks.
     """
-    parallel = recipe.parallel
+    known = known or Known()
     half = recipe.training.precision != "fp32"
     weight = 2 if half else 4
-    ranks = layout.shards if parallel.use_distributed_optimizer else 1
-    padded_for = layout.shards if parallel.use_distributed_optimizer else 0
-    chunks = [_elements(_kind(recipe, layout, chunk), padded_for) for chunk in layout.chunks_of(stage)]
-    frozen, learning, buffer = (sum(column) for column in zip(*chunks, strict=True))
-    expert_ranks = layout.expert_data if parallel.use_distributed_optimizer else 1
-    experts = [
-        _elements(_kind(recipe, layout, chunk), padded_for and expert_ranks, spread=True)
-        for chunk in layout.chunks_of(stage)
-    ]
-    frozen_experts, learning_experts, expert_buffer = (sum(column) for column in zip(*experts, strict=True))
-    frozen, buffer = frozen + frozen_experts, buffer + expert_buffer
+    cut, chunks = recipe.parallel.use_distributed_optimizer, layout.chunks_of(stage)
+    ranks, expert_ranks = (layout.shards, layout.expert_data) if cut else (1, 1)
+    own = [chunk_elements(recipe, layout, chunk, known) for chunk in chunks]
+    experts = [chunk_elements(recipe, layout, chunk, known, spread=True) for chunk in chunks]
+    buffer = sum(one.buffer(ranks if cut else 0) for one in own)
+    buffer += sum(one.buffer(expert_ranks if cut else 0) for one in experts)
+    frozen = sum(one.frozen for one in own) + sum(one.frozen for one in experts)
+    learning, learning_experts = (sum(one.learning for one in found) for found in (own, experts))
     per_element = 12 if half else 8
-    packed = 0
-    if recipe.lora.quantize is not None:
-        packed = sum(
-            parameter.elements
-            for chunk in layout.chunks_of(stage)
-            for parameter in chunk_parameters(recipe, layout, chunk)
-            if parameter.quantised
-        )
-    kept, trained, own = apart_elements(recipe, layout)
+    packed = sum(one.quantised for one in own) + sum(one.quantised for one in experts)
+    kept, trained, apart = apart_elements(recipe, layout, known)
     return StaticBytes(
-        weights=weight * (frozen - packed + buffer + kept + own) + int(packed * NF4_BYTES),
-        gradients=4 * (buffer + own),
+        weights=weight * (frozen - packed + buffer + kept + apart) + int(packed * NF4_BYTES),
+        gradients=4 * (buffer + apart),
         optimizer=per_element * learning // ranks
         + per_element * learning_experts // expert_ranks
         + per_element * trained // layout.vision_data,
     )
 
 
-def buffer_elements(sizes: list[int], data: int) -> int:
+def buffer_elements(sizes: Sequence[int], data: int) -> int:
     """Return the elements of a distributed optimizer's buffer that holds parameters of these sizes, in one bucket."""
-    end = 0
-    for size in sizes:
-        end = -(-end // _ALIGNMENT) * _ALIGNMENT + size
+    return _padded(_end(sizes), data)
+
+
+def _end(sizes: Sequence[int]) -> int:
+    """Return where the last parameter of a buffer ends."""
+    return sum(map(_aligned, sizes[:-1])) + sizes[-1] if sizes else 0
+
+
+def _aligned(end: int) -> int:
+    return -(-end // _ALIGNMENT) * _ALIGNMENT
+
+
+def _padded(end: int, data: int) -> int:
     multiple = math.lcm(data, _BUCKET_ALIGNMENT)
     return -(-end // multiple) * multiple
