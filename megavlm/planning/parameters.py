@@ -6,8 +6,11 @@ against real models.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +25,7 @@ from megavlm.architectures.cost import (
 )
 from megavlm.config.architecture import BRANCHES, own_of
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
-from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe
+from megavlm.config.schema import LanguageConfig, ModelConfig, Recipe
 from megavlm.config.split import is_replicated, tensor_ranks
 from megavlm.data.media import plan_of
 from megavlm.planning.known import Known
@@ -34,19 +37,6 @@ NF4_BYTES = (4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * NF4_GROUP)) / 8
 """Of a quantised weight: its code, and its share of the two levels of scales."""
 _BUCKET_ALIGNMENT = 128
 """The end of a bucket is aligned to a multiple of this and of the data-parallel size."""
-
-
-_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, "Layers", bool, bool, bool]
-"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last, whether it encodes."""
-
-
-class Layers(NamedTuple):
-    """The language layers of a chunk, and over how many ranks their experts lie."""
-
-    first: int = 0
-    number: int = 0
-    experts: int = 1
-    expert_tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,124 +65,98 @@ def check_costs(model: ModelConfig) -> None:
 
 def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[ChunkParameter, ...]:
     """Return the parameters of one chunk on one tensor-parallel rank."""
-    return tuple(one for group in _chunk_groups(*_kind(recipe, layout, chunk)) for one in group)
+    return tuple(one for group in _Groups(recipe, layout).of(chunk) for one in group.reckon())
 
 
-def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
-    modules = recipe.modules
-    learns = (not modules.vision.freeze, not modules.connector.freeze, not modules.language.freeze)
-    layers = Layers(chunk.begin, chunk.layers, layout.experts, layout.expert_tensor)
-    return recipe.model, recipe.lora, learns, layout.tensor, layers, chunk.first, chunk.last, chunk.encodes
+class _Group(NamedTuple):
+    """Parameters that stand together, and may do so in many chunks."""
+
+    key: Hashable
+    """Groups of a key are the same in all layouts of a recipe."""
+    reckon: Callable[[], Iterable[ChunkParameter]]
 
 
-def _expert_parameters(kind: LanguageConfig, learns: bool, quantised: bool, layers: Layers) -> list[ChunkParameter]:
-    """Return the parameters of the experts of a layer on one rank; ``quantised``: all but biases are in 4 bits."""
-    shapes = expert_parameters(kind, layers.experts, layers.expert_tensor)
-    spread, matrices = layers.experts > 1, set(shapes[:2])
-    known = {
-        size: ChunkParameter("language", size, learns, quantised and size in matrices, spread=spread)
-        for size in set(shapes)
-    }
-    return [known[size] for size in shapes]
+class _Groups:
+    """The parameters of a recipe's chunks in a layout, on one rank."""
 
+    def __init__(self, recipe: Recipe, layout: Layout) -> None:
+        self._model, self._lora, self._modules = recipe.model, recipe.lora, recipe.modules
+        self._tp, self._experts = layout.tensor, (layout.experts, layout.expert_tensor)
+        self._trained = not recipe.modules.language.freeze
 
-def _chunk_groups(
-    model: ModelConfig,
-    lora: LoraConfig,
-    learns: tuple[bool, bool, bool],
-    tp: int,
-    layers: Layers,
-    first: bool,
-    last: bool,
-    encodes: bool,
-) -> list[list[ChunkParameter]]:
-    """Return the parameters of a chunk, group by group; what layers of a kind have is one list, there many times."""
-    language, cost = model.language, decoder_cost(model.language)
-    table = cost.vocabulary(language, tp) // tp * language.hidden_size
-    found: list[list[ChunkParameter]] = [_pictures(model, learns, tp) if encodes else []]
-    numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.number]
-    kinds, crossed = [kind for _, kind in numbered], set(language.cross_layers)
-    trained, spread = learns[2] and lora.rank is None, Layers(0, 0, layers.experts, layers.expert_tensor)
-    experts = {
-        id(kind): _expert_parameters(kind, trained, lora.quantize is not None, spread)
-        for kind in {id(kind): kind for kind in kinds}.values()
-    }
-    found += [experts[id(kind)] for kind in kinds]
-    if lora.rank is not None:
-        own = _with_adapters(language, lora, tp, numbered, first, last)
-        return [*found, list(own), list(_beside_experts(kinds, lora, spread))]
-    plain: dict[tuple[int, bool], list[ChunkParameter]] = {}
-    for number, kind in numbered:
-        key = id(kind), number in crossed
-        if key not in plain:
-            shapes = cost.cross_parameters(kind, tp) if number in crossed else cost.layer_parameters(kind, tp)
-            plain[key] = [ChunkParameter("language", elements, learns[2]) for elements in shapes]
-        found.append(plain[key])
-    shapes = [table] if first else []
-    if last:
-        shapes += [one.elements for one in final_parameters(language, tp)]
-        # A tied output layer has a copy of its own, unless the embedding lies in the same chunk.
-        if not (language.tie_word_embeddings and first):
-            shapes.append(table)
-    return [*found, [ChunkParameter("language", elements, learns[2]) for elements in shapes]]
+    def of(self, chunk: Chunk) -> Iterator[_Group]:
+        """Yield the groups of a chunk: pictures, experts, layers, what is around them, and adapters beside experts."""
+        crossed, tp = set(self._model.language.cross_layers), self._tp
+        kinds = layer_kinds(self._model.language)[chunk.begin : chunk.begin + chunk.layers]
+        if chunk.encodes:
+            yield _Group(("pictures", tp), lambda: self.pictures(tp))
+        for kind in kinds:
+            yield _Group(("experts", id(kind), self._experts), functools.partial(self._expert, kind))
+        for number, kind in enumerate(kinds, chunk.begin):
+            layer = functools.partial(self._layer, kind, number in crossed)
+            yield _Group(("layer", id(kind), number in crossed, tp), layer)
+        ends = chunk.first, chunk.last
+        yield _Group(("ends", *ends, tp), lambda: self._ends(*ends))
+        for kind in kinds if self._lora.rank is not None else ():
+            yield _Group(("beside experts", id(kind), self._experts), functools.partial(self._beside_experts, kind))
 
+    def pictures(self, tp: int) -> Iterator[ChunkParameter]:
+        """Yield the parameters of tower and connector on one of ``tp`` ranks."""
+        model, modules = self._model, self._modules
+        for part, learns in (("vision", not modules.vision.freeze), ("connector", not modules.connector.freeze)):
+            if part == "connector" and plan_of(model).newline:
+                yield ChunkParameter(part, model.language.hidden_size, learns)
+            for one in cost_of(model, part).parameters(own_of(model, part), tensor_ranks(model, part, tp)):
+                yield ChunkParameter(part, one.elements, learns and not one.fixed)
 
-def _pictures(model: ModelConfig, learns: tuple[bool, bool, bool], tp: int) -> list[ChunkParameter]:
-    """Return the parameters of tower and connector."""
-    found: list[ChunkParameter] = []
-    for part, learning in (("vision", learns[0]), ("connector", learns[1])):
-        if part == "connector" and plan_of(model).newline:
-            found.append(ChunkParameter(part, model.language.hidden_size, learning))
-        shapes = cost_of(model, part).parameters(own_of(model, part), tensor_ranks(model, part, tp))
-        found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
-    return found
+    def _expert(self, kind: LanguageConfig) -> Iterator[ChunkParameter]:
+        """Yield the parameters of the experts of a layer; those in 4 bits are all but biases."""
+        shapes = expert_parameters(kind, *self._experts)
+        learns, quantised = self._trained and self._lora.rank is None, self._lora.quantize is not None
+        spread, matrices = self._experts[0] > 1, set(shapes[:2])
+        known = {
+            size: ChunkParameter("language", size, learns, quantised and size in matrices, spread=spread)
+            for size in set(shapes)
+        }
+        yield from (known[size] for size in shapes)
 
+    def _beside_experts(self, kind: LanguageConfig) -> Iterator[ChunkParameter]:
+        """Yield the adapters of a layer's experts."""
+        for elements in expert_adapter_parameters(kind, self._lora, *self._experts):
+            yield ChunkParameter("language", elements, True, spread=self._experts[0] > 1)
 
-def _beside_experts(kinds: Sequence[LanguageConfig], lora: LoraConfig, layers: Layers) -> Iterator[ChunkParameter]:
-    """Yield the adapters of a chunk's experts."""
-    for kind in kinds:
-        for elements in expert_adapter_parameters(kind, lora, layers.experts, layers.expert_tensor):
-            yield ChunkParameter("language", elements, True, spread=layers.experts > 1)
-
-
-def _with_adapters(
-    language: LanguageConfig,
-    lora: LoraConfig,
-    tp: int,
-    numbered: Sequence[tuple[int, LanguageConfig]],
-    first: bool,
-    last: bool,
-) -> Iterator[ChunkParameter]:
-    """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says.
-
-    ``numbered``: its layers with their numbers in the whole model, each as if all were of its kind.
-    """
-    cost = decoder_cost(language)
-    table, crossed = cost.vocabulary(language, tp) // tp * language.hidden_size, set(language.cross_layers)
-    for number, kind in numbered:
-        if number in crossed:
-            own, beside = cost.cross_parameters(kind, tp), cost.cross_adapter_parameters(kind, lora, tp)
-            linears = cost.cross_linear_parameters(kind, tp)
-        else:
-            own, beside = cost.layer_parameters(kind, tp), cost.adapter_parameters(kind, lora, tp)
-            linears = cost.linear_parameters(kind, tp)
+    def _layer(self, kind: LanguageConfig, crossed: bool) -> Iterator[ChunkParameter]:
+        """Yield the parameters of a layer; adapters learn, and of the others what the recipe says."""
+        cost, lora, tp = decoder_cost(kind), self._lora, self._tp
+        shapes = cost.cross_parameters(kind, tp) if crossed else cost.layer_parameters(kind, tp)
+        if lora.rank is None:
+            yield from (ChunkParameter("language", elements, self._trained) for elements in shapes)
+            return
+        linears = cost.cross_linear_parameters(kind, tp) if crossed else cost.linear_parameters(kind, tp)
         norms = norm_weights(kind) if lora.train_norms else []
-        for elements in own:
+        for elements in shapes:
             if elements in norms:
                 norms.remove(elements)
                 yield ChunkParameter("language", elements, True)
                 continue
             yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
-        for elements in beside:
-            yield ChunkParameter("language", elements, True)
-    if first:
-        yield ChunkParameter("language", table, lora.train_embeddings)
-    if last:
+        adapters = cost.cross_adapter_parameters if crossed else cost.adapter_parameters
+        yield from (ChunkParameter("language", elements, True) for elements in adapters(kind, lora, tp))
+
+    def _ends(self, first: bool, last: bool) -> Iterator[ChunkParameter]:
+        """Yield what the first and the last chunk have beside layers."""
+        language, lora, tp, adapted = self._model.language, self._lora, self._tp, self._lora.rank is not None
+        table = decoder_cost(language).vocabulary(language, tp) // tp * language.hidden_size
+        if first:
+            yield ChunkParameter("language", table, lora.train_embeddings if adapted else self._trained)
+        if not last:
+            return
         for number, one in enumerate(final_parameters(language, tp)):  # first the last norm's weight
-            learns = (lora.train_head and one.head) or (lora.train_norms and number == 0)
-            yield ChunkParameter("language", one.elements, learns)
+            beside = (lora.train_head and one.head) or (lora.train_norms and number == 0)
+            yield ChunkParameter("language", one.elements, beside if adapted else self._trained)
+        # A tied output layer has a copy of its own, unless the embedding lies in the same chunk.
         if not (language.tie_word_embeddings and first):
-            yield ChunkParameter("language", table, lora.train_head)
+            yield ChunkParameter("language", table, lora.train_head if adapted else self._trained)
 
 
 class Elements(NamedTuple):
@@ -208,6 +172,12 @@ class Elements(NamedTuple):
         """Return the elements of that buffer, which the optimizer of ``data`` ranks pads; 0 for one that does not."""
         return _padded(self.end, data) if data else self.learning
 
+    def then(self, more: Elements, times: int) -> Elements:
+        """Return these and behind them ``more``, so many times; in the buffer each begins aligned."""
+        end = _aligned(self.end) + (times - 1) * _aligned(more.end) + more.end if more.end else self.end
+        learning, quantised = self.learning + times * more.learning, self.quantised + times * more.quantised
+        return Elements(self.frozen + times * more.frozen, learning, end, quantised)
+
 
 def chunk_elements(
     recipe: Recipe, layout: Layout, chunk: Chunk, known: Known | None = None, *, spread: bool = False
@@ -219,34 +189,31 @@ def chunk_elements(
     known = known or Known()
     ends = chunk.first, chunk.last, chunk.encodes
     key = layout.tensor, layout.experts, layout.expert_tensor, known.layers(recipe, chunk), *ends
-    return known.once(("elements", *key), lambda: _elements(_chunk_groups(*_kind(recipe, layout, chunk))))[spread]
+    return known.once(("elements", *key), lambda: _elements(_Groups(recipe, layout).of(chunk), known))[spread]
 
 
-def _elements(groups: Sequence[Sequence[ChunkParameter]]) -> tuple[Elements, Elements]:
+def _elements(groups: Iterable[_Group], known: Known) -> tuple[Elements, Elements]:
     """Count parameters: those that are not spread, and those that are."""
-    found = [Elements(), Elements()]
-    counted: dict[int, list[Elements]] = {}  # layers of a kind are one object
-    for group in groups:
-        own = counted.get(id(group))
-        if own is None:
-            own = counted[id(group)] = [_counted([one for one in group if one.spread == spread]) for spread in (0, 1)]
-        found = [_behind(before, more) for before, more in zip(found, own, strict=True)]
-    return found[0], found[1]
+    found = Elements(), Elements()
+    for key, alike in itertools.groupby(groups, key=operator.attrgetter("key")):
+        group, *others = alike
+
+        def counted(group: _Group = group) -> tuple[Elements, Elements]:
+            all_of_it = list(group.reckon())
+            return _counted(one for one in all_of_it if not one.spread), _counted(
+                one for one in all_of_it if one.spread
+            )
+
+        own = known.once(("elements of", key), counted)
+        found = found[0].then(own[0], 1 + len(others)), found[1].then(own[1], 1 + len(others))
+    return found
 
 
-def _counted(parameters: Sequence[ChunkParameter]) -> Elements:
-    sizes = [one.elements for one in parameters if one.learns]
-    quantised = sum(one.elements for one in parameters if one.quantised)
-    learning = sum(sizes)
-    return Elements(sum(one.elements for one in parameters) - learning, learning, _end(sizes), quantised)
-
-
-def _behind(before: Elements, more: Elements) -> Elements:
-    """Return both together; the buffer of the second begins where that of the first ends, aligned."""
-    end = _aligned(before.end) + more.end if more.end else before.end
-    return Elements(
-        before.frozen + more.frozen, before.learning + more.learning, end, before.quantised + more.quantised
-    )
+def _counted(parameters: Iterable[ChunkParameter]) -> Elements:
+    all_of_them = list(parameters)
+    sizes = [one.elements for one in all_of_them if one.learns]
+    quantised = sum(one.elements for one in all_of_them if one.quantised)
+    return Elements(sum(one.elements for one in all_of_them) - sum(sizes), sum(sizes), _end(sizes), quantised)
 
 
 def learning_elements(
@@ -261,8 +228,7 @@ def replicated_elements(recipe: Recipe, layout: Layout) -> int:
     if layout.apart:  # over all ranks of the job: ``apart_elements``
         return 0
     parts = {part for part in ("vision", "connector") if is_replicated(recipe.model, part, layout.tensor)}
-    model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
-    found = _pictures(model, learns, layout.tensor) if parts else []
+    found = _Groups(recipe, layout).pictures(layout.tensor) if parts else ()
     return sum(parameter.elements for parameter in found if parameter.learns and parameter.module in parts)
 
 
@@ -272,11 +238,7 @@ def apart_elements(recipe: Recipe, layout: Layout, known: Known | None = None) -
         return 0, 0, 0
     ranks = layout.tensor if layout.together else 1
 
-    def reckon() -> Elements:
-        model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
-        return _counted(_pictures(model, learns, ranks))
-
-    own = (known or Known()).once(("elements apart", ranks), reckon)
+    own = (known or Known()).once(("elements apart", ranks), lambda: _counted(_Groups(recipe, layout).pictures(ranks)))
     return own.frozen, own.learning, own.buffer(layout.vision_data)
 
 
