@@ -13,7 +13,7 @@ from megavlm.planning.apart import vision_bytes
 from megavlm.planning.gpus import FRAGMENTATION, HEADROOM, RESERVED_BYTES, Gpu
 from megavlm.planning.known import Known, shards, splits
 from megavlm.planning.layout import Chunk, Layout, layout_of
-from megavlm.planning.parameters import static_bytes
+from megavlm.planning.parameters import StaticBytes, static_bytes
 from megavlm.planning.schedule import rank_order
 from megavlm.planning.workload import Workload, assume_workload
 
@@ -64,16 +64,13 @@ def stage_memory(
 ) -> StageMemory:
     """Return the bytes of a rank of ``stage`` at the peak of a step, with the heaviest pack in every micro-batch."""
     known, whole = known or Known(), workload
-    # What is recomputed, the layers in each chunk, and what layers ask of a layout.
-    alike = recipe.parallel.recompute_granularity, shards(layout), splits(layout), layout.microbatches, stage
-    static = known.once(
-        ("static", layout.experts, layout.gpus, *alike[1:]), lambda: static_bytes(recipe, layout, stage, known)
-    )
+    static, place = _static(recipe, layout, stage, known), (shards(layout), splits(layout), layout.microbatches, stage)
     workload = workload.of_rank(layout.context)
     activations, vision, output, passing = known.once(
-        ("activations", *alike), lambda: _activations(recipe, layout, stage, workload, known)
+        ("activations", recipe.parallel.recompute_granularity, *place),
+        lambda: _activations(recipe, layout, stage, workload, known),
     )
-    buffers = known.once(("buffers", *alike[1:]), lambda: _buffers(recipe, layout, stage, workload, whole))
+    buffers = known.once(("buffers", *place), lambda: _buffers(recipe, layout, stage, workload, whole))
     return StageMemory(
         weights=static.weights,
         gradients=static.gradients,
@@ -83,6 +80,17 @@ def stage_memory(
         output=output,
         buffers=buffers + passing,
     )
+
+
+def least_total(recipe: Recipe, layout: Layout, stage: int, known: Known) -> int:
+    """Return the bytes below which the ``total`` of a stage cannot be: what it needs without activations."""
+    static = _static(recipe, layout, stage, known)
+    return StageMemory(static.weights, static.gradients, static.optimizer, 0, 0, 0, 0).total
+
+
+def _static(recipe: Recipe, layout: Layout, stage: int, known: Known) -> StaticBytes:
+    key = shards(layout), splits(layout), layout.experts, layout.gpus, stage
+    return known.once(("static", *key), lambda: static_bytes(recipe, layout, stage, known))
 
 
 def _activations(

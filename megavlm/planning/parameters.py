@@ -65,7 +65,8 @@ def check_costs(model: ModelConfig) -> None:
 
 def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[ChunkParameter, ...]:
     """Return the parameters of one chunk on one tensor-parallel rank."""
-    return tuple(one for group in _Groups(recipe, layout).of(chunk) for one in group.reckon())
+    groups = _Groups(recipe, layout).of(chunk)
+    return tuple(one for group in groups for _ in range(group.times) for one in group.reckon())
 
 
 class _Group(NamedTuple):
@@ -74,6 +75,8 @@ class _Group(NamedTuple):
     key: Hashable
     """Groups of a key are the same in all layouts of a recipe."""
     reckon: Callable[[], Iterable[ChunkParameter]]
+    times: int = 1
+    """They stand there so often, one behind the other."""
 
 
 class _Groups:
@@ -86,19 +89,30 @@ class _Groups:
 
     def of(self, chunk: Chunk) -> Iterator[_Group]:
         """Yield the groups of a chunk: pictures, experts, layers, what is around them, and adapters beside experts."""
-        crossed, tp = set(self._model.language.cross_layers), self._tp
-        kinds = layer_kinds(self._model.language)[chunk.begin : chunk.begin + chunk.layers]
+        tp, ends, experts = self._tp, (chunk.first, chunk.last), self._experts
+        runs = self._runs(chunk)
         if chunk.encodes:
             yield _Group(("pictures", tp), lambda: self.pictures(tp))
-        for kind in kinds:
-            yield _Group(("experts", id(kind), self._experts), functools.partial(self._expert, kind))
-        for number, kind in enumerate(kinds, chunk.begin):
-            layer = functools.partial(self._layer, kind, number in crossed)
-            yield _Group(("layer", id(kind), number in crossed, tp), layer)
-        ends = chunk.first, chunk.last
+        for kind, _, times in runs:
+            yield _Group(("experts", id(kind), experts), functools.partial(self._expert, kind), times)
+        for kind, crossed, times in runs:
+            layer = functools.partial(self._layer, kind, crossed)
+            yield _Group(("layer", id(kind), crossed, tp), layer, times)
         yield _Group(("ends", *ends, tp), lambda: self._ends(*ends))
-        for kind in kinds if self._lora.rank is not None else ():
-            yield _Group(("beside experts", id(kind), self._experts), functools.partial(self._beside_experts, kind))
+        for kind, _, times in runs if self._lora.rank is not None else ():
+            beside = functools.partial(self._beside_experts, kind)
+            yield _Group(("beside experts", id(kind), experts), beside, times)
+
+    def _runs(self, chunk: Chunk) -> list[tuple[LanguageConfig, bool, int]]:
+        """Return the kinds of a chunk's layers, whether they attend to pictures instead of to text, and how many do."""
+        language, end = self._model.language, chunk.begin + chunk.layers
+        kinds = layer_kinds(language)[chunk.begin : end]
+        crossed = [False] * len(kinds)
+        for number in language.cross_layers:
+            if chunk.begin <= number < end:
+                crossed[number - chunk.begin] = True
+        runs = itertools.groupby(zip(map(id, kinds), crossed, kinds, strict=True), key=operator.itemgetter(0, 1))
+        return [(run[0][2], key[1], len(run)) for key, run in ((key, list(alike)) for key, alike in runs)]
 
     def pictures(self, tp: int) -> Iterator[ChunkParameter]:
         """Yield the parameters of tower and connector on one of ``tp`` ranks."""
@@ -195,8 +209,7 @@ def chunk_elements(
 def _elements(groups: Iterable[_Group], known: Known) -> tuple[Elements, Elements]:
     """Count parameters: those that are not spread, and those that are."""
     found = Elements(), Elements()
-    for key, alike in itertools.groupby(groups, key=operator.attrgetter("key")):
-        group, *others = alike
+    for group in groups:
 
         def counted(group: _Group = group) -> tuple[Elements, Elements]:
             all_of_it = list(group.reckon())
@@ -204,8 +217,8 @@ def _elements(groups: Iterable[_Group], known: Known) -> tuple[Elements, Element
                 one for one in all_of_it if one.spread
             )
 
-        own = known.once(("elements of", key), counted)
-        found = found[0].then(own[0], 1 + len(others)), found[1].then(own[1], 1 + len(others))
+        own = known.once(("elements of", group.key), counted)
+        found = found[0].then(own[0], group.times), found[1].then(own[1], group.times)
     return found
 
 

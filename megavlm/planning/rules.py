@@ -21,7 +21,7 @@ class Rules:
     """
 
     def __init__(self, gpus: int) -> None:
-        self._rules = [_Rule(rule) for rule in rules_of(gpus)]
+        self._rules = [Rule(rule) for rule in rules_of(gpus)]
 
     def broken(self, recipe: Recipe) -> list[str]:
         """Return a line for each broken rule, as ``check_recipe`` has it.
@@ -32,7 +32,7 @@ class Rules:
         return [line for rule in self._rules for line in rule.lines(recipe)]
 
 
-class _Rule:
+class Rule:
     """One rule and what it said.
 
     Args:
@@ -45,6 +45,7 @@ class _Rule:
         self._said: dict[tuple[str, ...], dict[tuple[Any, ...], tuple[str, ...]]] = {}
 
     def lines(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return a line for each time that a recipe breaks it; the recipes differ in ``parallel`` alone."""
         values = vars(recipe.parallel)
         for names, said in self._said.items():
             lines = said.get(tuple([values[name] for name in names]))

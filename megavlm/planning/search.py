@@ -14,7 +14,7 @@ from megavlm.planning.experts import expert_layouts
 from megavlm.planning.gpus import GIB, Gpu
 from megavlm.planning.known import Known
 from megavlm.planning.layout import GPUS_PER_NODE, Layout, chunks_of, layout_of, tried, with_parallel
-from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
+from megavlm.planning.memory import StageMemory, fits, least_total, stage_memory, usable_bytes
 from megavlm.planning.parameters import check_costs
 from megavlm.planning.rules import Rules
 from megavlm.planning.seconds import StepTime
@@ -215,15 +215,17 @@ class _Trial:
         """
         reasons: list[tuple[float, str]] = []
         possible: list[tuple[float, Timer]] = []
+        unfit: list[Timer] = []
         for values in layouts:
             self.tried += 1
             timer = self._timer(values)
-            if isinstance(timer, Timer):
-                possible.append((timer.least(), timer))
-            else:
+            if not isinstance(timer, Timer):
                 reasons.append((float("inf"), timer))
+            elif any(total > usable_bytes(self._gpu) for total in self._least_totals(timer)):
+                unfit.append(timer)
+            else:
+                possible.append((timer.least(), timer))
         best: dict[int | None, Plan] = {}
-        unfit: list[Timer] = []
         # The most promising first: most of the others need no simulation then, nor a look at their memory.
         for least, timer in sorted(possible, key=lambda pair: pair[0]):
             virtual = timer.layout.virtual
@@ -237,7 +239,7 @@ class _Trial:
                 if time.step < bar * 0.9999:
                     recipe = with_parallel(self._recipe, **vars(timer.recipe.parallel))
                     best[virtual] = Plan(recipe, timer.layout, tuple(self._memory(timer)), time)
-        return list(best.values()) or min([*reasons, *map(self._missing, unfit)])[1]
+        return list(best.values()) or self._reason(reasons, unfit)
 
     def simulated(self, plan: Plan) -> Plan:
         """Return a plan with the time of its whole step."""
@@ -259,6 +261,25 @@ class _Trial:
     def _memory(self, timer: Timer) -> Iterator[StageMemory]:
         for stage in range(timer.layout.pipeline):
             yield stage_memory(timer.recipe, timer.layout, stage, self._workload, self._known)
+
+    def _least_totals(self, timer: Timer) -> Iterator[int]:
+        for stage in range(timer.layout.pipeline):
+            yield least_total(timer.recipe, timer.layout, stage, self._known)
+
+    def _reason(self, reasons: list[tuple[float, str]], unfit: list[Timer]) -> str:
+        """Return the reason of the layout that is nearest to possible.
+
+        Args:
+            reasons: of layouts that break a rule.
+            unfit: those that do not fit.
+        """
+        nearest = min(reasons, default=(float("inf"), ""))
+        by_least = sorted(((max(self._least_totals(timer)), timer) for timer in unfit), key=lambda pair: pair[0])
+        for least, timer in by_least:
+            if least - usable_bytes(self._gpu) > nearest[0]:
+                break
+            nearest = min(nearest, self._missing(timer))
+        return nearest[1]
 
     def _missing(self, timer: Timer) -> tuple[float, str]:
         """Return how far from possible a layout is that does not fit (bytes missing), and say so."""
