@@ -11,9 +11,9 @@ from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Held, carried_streams, engine_key, held_by, kernels_of
 from megavlm.planning.apart import vision_bytes
 from megavlm.planning.gpus import FRAGMENTATION, HEADROOM, RESERVED_BYTES, Gpu
-from megavlm.planning.known import Known, shards, splits
 from megavlm.planning.layout import Chunk, Layout, layout_of
 from megavlm.planning.parameters import StaticBytes, static_bytes
+from megavlm.planning.reckoned import Reckoned, shards, splits
 from megavlm.planning.schedule import rank_order
 from megavlm.planning.workload import Workload, assume_workload
 
@@ -60,10 +60,10 @@ def usable_bytes(gpu: Gpu) -> float:
 
 
 def stage_memory(
-    recipe: Recipe, layout: Layout, stage: int, workload: Workload, known: Known | None = None
+    recipe: Recipe, layout: Layout, stage: int, workload: Workload, known: Reckoned | None = None
 ) -> StageMemory:
     """Return the bytes of a rank of ``stage`` at the peak of a step, with the heaviest pack in every micro-batch."""
-    known, whole = known or Known(), workload
+    known, whole = known or Reckoned(), workload
     static, place = _static(recipe, layout, stage, known), (shards(layout), splits(layout), layout.microbatches, stage)
     workload = workload.of_rank(layout.context)
     activations, vision, output, passing = known.once(
@@ -82,19 +82,19 @@ def stage_memory(
     )
 
 
-def least_total(recipe: Recipe, layout: Layout, stage: int, known: Known) -> int:
+def least_total(recipe: Recipe, layout: Layout, stage: int, known: Reckoned) -> int:
     """Return the bytes below which the ``total`` of a stage cannot be: what it needs without activations."""
     static = _static(recipe, layout, stage, known)
     return StageMemory(static.weights, static.gradients, static.optimizer, 0, 0, 0, 0).total
 
 
-def _static(recipe: Recipe, layout: Layout, stage: int, known: Known) -> StaticBytes:
+def _static(recipe: Recipe, layout: Layout, stage: int, known: Reckoned) -> StaticBytes:
     key = shards(layout), splits(layout), layout.experts, layout.gpus, stage
     return known.once(("static", *key), lambda: static_bytes(recipe, layout, stage, known))
 
 
 def _activations(
-    recipe: Recipe, layout: Layout, stage: int, workload: Workload, known: Known
+    recipe: Recipe, layout: Layout, stage: int, workload: Workload, known: Reckoned
 ) -> tuple[int, int, int, int]:
     """Return what a rank of ``stage`` keeps at the peak, of language layers, pictures and output, and what passes."""
     held = [_held(recipe, layout, chunk, workload, known) for chunk in layout.chunks_of(stage)]
@@ -112,7 +112,7 @@ def _activations(
     return language, vision, output, passing
 
 
-def _held(recipe: Recipe, layout: Layout, chunk: Chunk, workload: Workload, known: Known) -> Held:
+def _held(recipe: Recipe, layout: Layout, chunk: Chunk, workload: Workload, known: Reckoned) -> Held:
     """Return the bytes of one micro-batch in a chunk; ``workload`` is this rank's part."""
     beside = carried_streams(recipe, layout), chunk.attending, chunk.features_go_on
     place = known.layers(recipe, chunk), chunk.first, chunk.last, chunk.encodes
@@ -126,7 +126,7 @@ _Moment = tuple[tuple[int, ...], int, bool]
 """Micro-batches that each chunk of a rank keeps, which chunk works, and whether it goes forward."""
 
 
-def _peak(layout: Layout, stage: int, held: list[Held], known: Known) -> tuple[Sequence[int], int]:
+def _peak(layout: Layout, stage: int, held: list[Held], known: Reckoned) -> tuple[Sequence[int], int]:
     """Walk through the rank's calls; return the micro-batches that each chunk keeps at the peak, and what passes."""
     # More micro-batches than this fill the pipeline no further.
     microbatches = min(layout.microbatches, 2 * layout.pipeline)

@@ -28,8 +28,8 @@ from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
 from megavlm.config.schema import LanguageConfig, ModelConfig, Recipe
 from megavlm.config.split import is_replicated, tensor_ranks
 from megavlm.data.media import plan_of
-from megavlm.planning.known import Known
 from megavlm.planning.layout import Chunk, Layout
+from megavlm.planning.reckoned import Reckoned
 
 _ALIGNMENT = 64
 """Elements to which the distributed optimizer's buffer aligns the start of each parameter."""
@@ -194,19 +194,19 @@ class Elements(NamedTuple):
 
 
 def chunk_elements(
-    recipe: Recipe, layout: Layout, chunk: Chunk, known: Known | None = None, *, spread: bool = False
+    recipe: Recipe, layout: Layout, chunk: Chunk, known: Reckoned | None = None, *, spread: bool = False
 ) -> Elements:
     """Return the elements of a chunk on one tensor-parallel rank.
 
     ``spread``: of experts that other ranks share, which have a buffer of their own, or of all else.
     """
-    known = known or Known()
+    known = known or Reckoned()
     ends = chunk.first, chunk.last, chunk.encodes
     key = layout.tensor, layout.experts, layout.expert_tensor, known.layers(recipe, chunk), *ends
     return known.once(("elements", *key), lambda: _elements(_Groups(recipe, layout).of(chunk), known))[spread]
 
 
-def _elements(groups: Iterable[_Group], known: Known) -> tuple[Elements, Elements]:
+def _elements(groups: Iterable[_Group], known: Reckoned) -> tuple[Elements, Elements]:
     """Count parameters: those that are not spread, and those that are."""
     found = Elements(), Elements()
     for group in groups:
@@ -230,7 +230,7 @@ def _counted(parameters: Iterable[ChunkParameter]) -> Elements:
 
 
 def learning_elements(
-    recipe: Recipe, layout: Layout, chunk: Chunk, known: Known | None = None, *, spread: bool = False
+    recipe: Recipe, layout: Layout, chunk: Chunk, known: Reckoned | None = None, *, spread: bool = False
 ) -> int:
     """Return the elements of a chunk that learn, on one tensor-parallel rank; ``spread``: of its experts, with EP."""
     return chunk_elements(recipe, layout, chunk, known, spread=spread).learning
@@ -245,13 +245,15 @@ def replicated_elements(recipe: Recipe, layout: Layout) -> int:
     return sum(parameter.elements for parameter in found if parameter.learns and parameter.module in parts)
 
 
-def apart_elements(recipe: Recipe, layout: Layout, known: Known | None = None) -> tuple[int, int, int]:
+def apart_elements(recipe: Recipe, layout: Layout, known: Reckoned | None = None) -> tuple[int, int, int]:
     """Return what every rank has of tower and connector where they lie on all: frozen, learning, gradient buffer."""
     if not layout.apart:
         return 0, 0, 0
     ranks = layout.tensor if layout.together else 1
 
-    own = (known or Known()).once(("elements apart", ranks), lambda: _counted(_Groups(recipe, layout).pictures(ranks)))
+    own = (known or Reckoned()).once(
+        ("elements apart", ranks), lambda: _counted(_Groups(recipe, layout).pictures(ranks))
+    )
     return own.frozen, own.learning, own.buffer(layout.vision_data)
 
 
@@ -264,14 +266,14 @@ class StaticBytes:
     optimizer: int
 
 
-def static_bytes(recipe: Recipe, layout: Layout, stage: int, known: Known | None = None) -> StaticBytes:
+def static_bytes(recipe: Recipe, layout: Layout, stage: int, known: Reckoned | None = None) -> StaticBytes:
     """Return the bytes of weights, gradients and optimizer of a rank of ``stage``.
 
     As Megatron-Core keeps them: weights in the compute type; fp32 gradients of what learns, in buffers that the
     distributed optimizer pads; AdamW's two moments and, in bf16, the master weights in fp32, which the distributed
     optimizer spreads over the data- and context-parallel ranks.
     """
-    known = known or Known()
+    known = known or Reckoned()
     half = recipe.training.precision != "fp32"
     weight = 2 if half else 4
     cut, chunks = recipe.parallel.use_distributed_optimizer, layout.chunks_of(stage)

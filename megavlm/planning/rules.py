@@ -10,7 +10,7 @@ from megavlm.config.checks import rules_of
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.planning.layout import with_branch
 
-_NAMES = tuple(field.name for field in dataclasses.fields(ParallelConfig))  # type: ignore[arg-type]
+_NAMES = tuple(field.name for field in dataclasses.fields(ParallelConfig))
 _SEEN = "_seen"
 
 
@@ -21,7 +21,7 @@ class Rules:
     """
 
     def __init__(self, gpus: int) -> None:
-        self._rules = [Rule(rule) for rule in rules_of(gpus)]
+        self._rules = [AskedRule(rule) for rule in rules_of(gpus)]
 
     def broken(self, recipe: Recipe) -> list[str]:
         """Return a line for each broken rule, as ``check_recipe`` has it.
@@ -32,7 +32,7 @@ class Rules:
         return [line for rule in self._rules for line in rule.lines(recipe)]
 
 
-class Rule:
+class AskedRule:
     """One rule and what it said.
 
     Args:
@@ -52,7 +52,7 @@ class Rule:
             if lines is not None:
                 return lines
         seen: set[str] = set()
-        watched = object.__new__(_Watched)
+        watched = object.__new__(_NotedParallel)
         object.__getattribute__(watched, "__dict__").update(values, **{_SEEN: seen})
         lines = tuple(self._rule(with_branch(recipe, parallel=watched)))
         names = tuple(name for name in _NAMES if name in seen)
@@ -60,7 +60,7 @@ class Rule:
         return lines
 
 
-class _Watched(ParallelConfig):
+class _NotedParallel(ParallelConfig):
     """A ``parallel`` branch that notes which of its keys are read. Its copies note them in the same place."""
 
     def __getattribute__(self, name: str) -> Any:
@@ -72,8 +72,8 @@ class _Watched(ParallelConfig):
                 own[_SEEN].add(name)
         return object.__getattribute__(self, name)
 
-    def __copy__(self) -> _Watched:
-        found = object.__new__(_Watched)
+    def __copy__(self) -> _NotedParallel:
+        found = object.__new__(_NotedParallel)
         object.__getattribute__(found, "__dict__").update(object.__getattribute__(self, "__dict__"))
         return found
 

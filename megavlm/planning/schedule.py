@@ -152,7 +152,8 @@ def simulate(
     ]  # fmt: skip
     message = p2p_seconds if pipeline > 1 else 0.0
     # When passes end, by micro-batch and stage: None while that is not known.
-    forward_ends, backward_ends = ([[None] * stages for _ in stage_forward] for _ in range(2))
+    forward_ends: list[list[float | None]] = [[None] * stages for _ in stage_forward]
+    backward_ends: list[list[float | None]] = [[None] * stages for _ in stage_forward]
     ops: list[list[Op]] = [[] for _ in queues]
     left, progress = sum(map(len, queues)), True
     while left:

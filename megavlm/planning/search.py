@@ -12,10 +12,10 @@ from megavlm.config.schema import Recipe
 from megavlm.planning.activations import kernels_of
 from megavlm.planning.experts import expert_layouts
 from megavlm.planning.gpus import GIB, Gpu
-from megavlm.planning.known import Known
 from megavlm.planning.layout import GPUS_PER_NODE, Layout, chunks_of, layout_of, tried, with_parallel
 from megavlm.planning.memory import StageMemory, fits, least_total, stage_memory, usable_bytes
 from megavlm.planning.parameters import check_costs
+from megavlm.planning.reckoned import Reckoned
 from megavlm.planning.rules import Rules
 from megavlm.planning.seconds import StepTime
 from megavlm.planning.timing import Timer
@@ -203,7 +203,7 @@ class _Trial:
 
     def __init__(self, recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> None:
         self._recipe, self._gpus, self._gpu, self._workload = recipe, gpus, gpu, workload
-        self._known, self._rules = Known(), Rules(gpus)
+        self._known, self._rules = Reckoned(), Rules(gpus)
         self.tried = 0
         """Layouts looked at."""
 

@@ -28,10 +28,10 @@ from megavlm.planning.activations import carried_streams, kernels_of, weights_le
 from megavlm.planning.apart import alone, feature_bytes, share_of_step
 from megavlm.planning.experts import dispatch_seconds, kinds_of
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
-from megavlm.planning.known import Known, shards, splits
 from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
 from megavlm.planning.parameters import NF4_BYTES, apart_elements, learning_elements, replicated_elements
 from megavlm.planning.passes import least_passes, passes, timeline
+from megavlm.planning.reckoned import Reckoned, shards, splits
 from megavlm.planning.schedule import Timeline
 from megavlm.planning.seconds import Around, Cost, StepTime
 from megavlm.planning.shares import gathered_features, share
@@ -67,9 +67,9 @@ class Timer:
     """
 
     def __init__(
-        self, recipe: Recipe, layout: Layout, gpu: Gpu, workload: Workload, known: Known | None = None
+        self, recipe: Recipe, layout: Layout, gpu: Gpu, workload: Workload, known: Reckoned | None = None
     ) -> None:
-        self.recipe, self.layout, self.gpu, self.known = recipe, layout, gpu, known or Known()
+        self.recipe, self.layout, self.gpu, self.known = recipe, layout, gpu, known or Reckoned()
         self.pack, self.workload = workload, workload.of_rank(layout.context)  # all of it, and what a rank has of it
         self.kernels: Kernels = kernels_of(recipe)
         # fp32 runs as TF32 on the tensor cores, at half the rate of bf16.

@@ -15,10 +15,10 @@ from megavlm.config.load import load_recipe
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.families.presets import expand_presets
 from megavlm.planning.gpus import GIB, Gpu, find_gpu
-from megavlm.planning.known import Known
 from megavlm.planning.layout import layout_of, tried, with_parallel, with_placement
 from megavlm.planning.memory import fits, stage_memory, usable_bytes
-from megavlm.planning.rules import Rule, Rules
+from megavlm.planning.reckoned import Reckoned
+from megavlm.planning.rules import AskedRule, Rules
 from megavlm.planning.search import Plan, Refusal, Search, _sizes, _values, evaluate, search
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload, assume_workload
@@ -112,7 +112,7 @@ def test_the_search_finds_what_trying_everything_finds(name: str) -> None:
 @pytest.mark.parametrize("name", ["dense", "dense, tower on all ranks", "experts", "attention to pictures, adapters"])
 def test_what_layouts_share_is_what_each_has_alone(name: str) -> None:
     recipe, gpus, _ = case(name)
-    workload, known, rules, ends = assume_workload(recipe), Known(), Rules(gpus), set()
+    workload, known, rules, ends = assume_workload(recipe), Reckoned(), Rules(gpus), set()
     for sizes in _sizes(recipe, gpus):
         for values in list(_values(recipe, gpus, *sizes))[::5]:
             one = tried(recipe, values)
@@ -168,7 +168,7 @@ def test_a_rule_is_asked_again_where_what_it_reads_is_another() -> None:
         for values in itertools.product((1, 2), (False, True), (1, 2))
     ]
     for rule, times in ((nested, 3), (replaced, 4), (whole, 8)):  # the second reads all but what it replaces
-        expected, own = [list(rule(one)) for one in layouts], Rule(rule)
+        expected, own = [list(rule(one)) for one in layouts], AskedRule(rule)
         asked.clear()
         assert [list(own.lines(one)) for one in [*layouts, *layouts]] == [*expected, *expected]
         assert len(asked) == times

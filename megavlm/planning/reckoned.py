@@ -12,7 +12,7 @@ from megavlm.planning.layout import Chunk, Layout
 T = TypeVar("T")
 
 
-class Known:
+class Reckoned:
     """Figures that were reckoned for other layouts.
 
     Of one recipe, but for the keys of ``parallel`` that a search varies, one number and kind of GPUs, and one load.
