@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -14,12 +15,15 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.families.presets import expand_presets
+from megavlm.planning.activations import Held
 from megavlm.planning.gpus import GIB, Gpu, find_gpu
 from megavlm.planning.layout import layout_of, tried, with_parallel, with_placement
-from megavlm.planning.memory import fits, stage_memory, usable_bytes
+from megavlm.planning.memory import _peak, fits, stage_memory, usable_bytes
+from megavlm.planning.parameters import chunk_elements, chunk_parameters
 from megavlm.planning.reckoned import Reckoned
 from megavlm.planning.rules import AskedRule, Rules
-from megavlm.planning.search import Plan, Refusal, Search, _sizes, _values, evaluate, search
+from megavlm.planning.schedule import rank_order
+from megavlm.planning.search import _ONE, Plan, Refusal, Search, _sizes, _values, evaluate, search
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload, assume_workload
 
@@ -162,13 +166,63 @@ def test_a_rule_is_asked_again_where_what_it_reads_is_another() -> None:
         if one.parallel != plain:
             yield "not plain"
 
+    def by_dict(one: Recipe) -> Iterator[str]:
+        asked.append(one)
+        if vars(one.parallel)["sequence_parallel"]:
+            yield "sequence_parallel"
+
     keys = "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size"
     layouts = [
         dataclasses.replace(recipe, parallel=dataclasses.replace(plain, **dict(zip(keys, values, strict=True))))
         for values in itertools.product((1, 2), (False, True), (1, 2))
     ]
-    for rule, times in ((nested, 3), (replaced, 4), (whole, 8)):  # the second reads all but what it replaces
+    # The second reads all but what it replaces.
+    for rule, times in ((nested, 3), (replaced, 4), (whole, 8), (by_dict, 8)):
         expected, own = [list(rule(one)) for one in layouts], AskedRule(rule)
         asked.clear()
         assert [list(own.lines(one)) for one in [*layouts, *layouts]] == [*expected, *expected]
         assert len(asked) == times
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "attention to pictures, adapters"])
+def test_elements_of_groups_are_those_of_all_parameters(name: str) -> None:
+    recipe, gpus, _ = case(name)
+    known = Reckoned()
+    for values in itertools.islice(_values(recipe, gpus, 2, 1, 2), 0, None, 7):
+        one = tried(recipe, values)
+        layout = layout_of(one, gpus)
+        for chunk, spread in itertools.product(layout.chunks, (False, True)):
+            found = [p for p in chunk_parameters(one, layout, chunk) if p.spread == spread]
+            sizes = [p.elements for p in found if p.learns]
+            counted = chunk_elements(one, layout, chunk, known, spread=spread)
+            assert counted.learning == sum(sizes)
+            assert counted.frozen == sum(p.elements for p in found if not p.learns)
+            assert counted.quantised == sum(p.elements for p in found if p.quantised)
+            end = 0
+            for size in sizes:  # each begins at a multiple of 64
+                end = -(-end // 64) * 64 + size
+            assert counted.end == end and counted.buffer(5) == -(-end // 640) * 640
+
+
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, None), (4, None), (4, 2), (3, 3)])
+def test_the_fullest_moment_is_that_of_the_whole_walk(pipeline: int, virtual: int | None) -> None:
+    draw, recipe = random.Random(0), with_parallel(shipped("quickstart", layers=36), **_ONE)
+    parallel = {"pipeline_model_parallel_size": pipeline, "virtual_pipeline_model_parallel_size": virtual}
+    layout = dataclasses.replace(layout_of(tried(recipe, parallel), pipeline), microbatches=3 * pipeline)
+    for stage, _ in itertools.product(range(pipeline), range(40)):
+        least = draw.choice((0, 1))
+        held = [Held(*(draw.randint(least, 9) for _ in range(3)), draw.randint(0, 60), draw.randint(0, 60))
+                for _ in range(virtual or 1)]  # fmt: skip
+        if least == 0:
+            held[0] = Held(0, 0, 0, held[0].forward, held[0].backward)
+        kept, best, expected = [0] * len(held), -1, None
+        calls = rank_order(stage, min(layout.microbatches, 2 * pipeline), pipeline=pipeline, virtual=virtual)
+        for call in calls:
+            kept[call.chunk] += call.kind == "F"
+            passing = held[call.chunk].forward if call.kind == "F" else held[call.chunk].backward
+            total = passing + sum(number * one.kept for number, one in zip(kept, held, strict=True))
+            if total > best:
+                best, expected = total, (tuple(kept), passing)
+            kept[call.chunk] -= call.kind == "B"
+        counts, passing = _peak(layout, stage, held, Reckoned())
+        assert (tuple(counts), passing) == expected
