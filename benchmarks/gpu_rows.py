@@ -55,13 +55,14 @@ def _compared(name: str, ours: Outcome, theirs: Outcome, limit: float, steps: in
     if missing is not None:
         return missing
     assert ours.result is not None and theirs.result is not None
+    if not (_finite(ours.result) and _finite(theirs.result)):
+        return Row(name, "failed", "a loss or gradient norm is not finite")
     apart = {}
     for key in ("losses", "grad_norms"):
         pairs = list(zip(ours.result[key], theirs.result[key], strict=True))[:steps]
         apart[key] = max(abs(a - b) / abs(b) for a, b in pairs)
     # A norm is less exact than a loss, and shows more: it reaches every weight.
-    ok = _finite(ours.result) and _finite(theirs.result)
-    ok = ok and apart["losses"] <= limit and apart["grad_norms"] <= 10 * limit
+    ok = apart["losses"] <= limit and apart["grad_norms"] <= 10 * limit
     text = (
         f"{len(pairs)} step(s), relative difference of losses up to {apart['losses']:.1e} (limit "
         f"{limit:.0e}), of gradient norms {apart['grad_norms']:.1e} (limit {10 * limit:.0e}), "

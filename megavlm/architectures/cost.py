@@ -347,10 +347,10 @@ class FinalParameter(NamedTuple):
     """It is the output layer's: its bias."""
 
 
-def norm_weights(language: LanguageConfig) -> list[int]:
-    """Return the elements of the weights of one layer's norms; of architectures that lora.train_norms goes with."""
+def norm_weights(language: LanguageConfig, tensor: int) -> list[int]:
+    """Return the elements of the weights of one layer's norms on one rank; of what lora.train_norms goes with."""
     cost: Any = decoder_cost(language)
-    return list(cost.norm_weights(language))
+    return list(cost.norm_weights(language, tensor))
 
 
 def final_parameters(language: LanguageConfig, tensor: int) -> list[FinalParameter]:

@@ -149,10 +149,11 @@ def _coder(args: argparse.Namespace) -> Iterator[PictureCoder | None]:
     if args.image_codes is None:
         yield None
         return
-    from megavlm.inference.codes import picture_coder  # noqa: PLC0415 - imports Megatron-Core
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
 
     prepare_device()
+    from megavlm.inference.codes import picture_coder  # noqa: PLC0415 - imports Megatron-Core
+
     with picture_coder(args.image_codes, pictures=not args.codes_only) as coder:
         yield coder
 

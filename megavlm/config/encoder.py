@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megavlm.config.schema import Recipe
+from megavlm.config.errors import UserError
+from megavlm.config.schema import ModelConfig, Recipe
 
 
 def encoder_rules(recipe: Recipe) -> Iterator[str]:
@@ -19,3 +20,16 @@ def encoder_rules(recipe: Recipe) -> Iterator[str]:
     ):
         if wrong:
             yield f"{key}: does not go with {what}: {why}; set it to {remedy}"
+
+
+def check_answers(model: ModelConfig) -> None:
+    """Check that a model can answer.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if model.language.encodes:
+        raise UserError(
+            f"model.language.preset: {model.language.preset} is an encoder-decoder, which is trained here and does not"
+            " answer; its loss on data.validation is what there is to measure it by"
+        )

@@ -27,7 +27,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.chat import encode_conversation
-from megavlm.data.codes import CodesError, PictureTokens, codes_in
+from megavlm.data.codes import CARD, CodesError, PictureTokens, codes_in
 from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmError, FilmLayout
 from megavlm.data.films.streams import av_module
@@ -105,6 +105,7 @@ class PackEncoder(TaskEncoder):
         weigh: Says how heavy the pictures of a sample are; None counts their views.
         spans: Which positions see each other both ways, where some do.
         codes: How codes of pictures are read, where pictures are tokens.
+        carded: Whether each data set says what its codes are of; None: all do.
     """
 
     decoder = None
@@ -120,6 +121,7 @@ class PackEncoder(TaskEncoder):
         weigh: Weigh | None = None,
         spans: TwoWaySpans | None = None,
         codes: PictureTokens | None = None,
+        carded: Sequence[bool] | None = None,
     ) -> None:
         tokenizer.template.check_training()
         check_spans(spans, tokenizer.template)
@@ -133,6 +135,7 @@ class PackEncoder(TaskEncoder):
         self.weigh = weigh
         self.spans = spans
         self.codes = codes
+        self.carded = carded
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
@@ -162,15 +165,19 @@ class PackEncoder(TaskEncoder):
         except ValueError:  # a number of thousands of digits
             raise BrokenSampleError("bad record") from None
         try:
-            conversation = parse_conversation(record, answers_show=self.codes is not None)
+            conversation = parse_conversation(record, answers_show=True)
         except UnsafePathError as error:
             raise BrokenSampleError(error.cause) from None
         except UserError:
             raise BrokenSampleError("bad record") from None
         answers = (one.text for one in conversation.turns if one.role == "assistant")
         if not self._predicts and any(IMAGE_PLACEHOLDER in text for text in answers):
-            raise BrokenSampleError("an answer shows a picture, and loss.image_tokens is 0")
+            raise BrokenSampleError(
+                "an answer shows a picture" + (", and loss.image_tokens is 0" if self.codes else "")
+            )
         coded = None if self.codes is None else codes_in(sample.files, len(conversation.images))
+        if coded is not None and self.carded is not None and not self.carded[sample.source]:
+            raise BrokenSampleError(f"codes without {CARD} beside the shards; copy it too, or prepare them again")
         if conversation.images and self._predicts and coded is None:
             raise BrokenSampleError("pictures without codes, and loss.image_tokens; prepare it with --image-codes")
         shown = [] if coded is not None else _shown(sample.files, conversation)

@@ -108,7 +108,8 @@ class PackReader:
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._num_workers = data.num_workers if training else 0
         names = [source_name(source) for source in self.sources]
-        self._encoder = PackEncoder(data, names, tokenizer, plan, positions, weigh, spans, codes)
+        carded = [(Path(source.path) / CARD).is_file() for source in self.sources]
+        self._encoder = PackEncoder(data, names, tokenizer, plan, positions, weigh, spans, codes, carded)
         self._template = tokenizer.template.fingerprint
         self._former_templates = tokenizer.template.former_fingerprints
         self._images = _images_of(plan)
@@ -299,5 +300,5 @@ def hash_data(
         identity = (meta / "index.uuid").read_text() if (meta / "index.uuid").is_file() else ""
         parts += [source.weight, (meta / ".info.json").read_text(), identity]
         if codes is not None and (card := Path(source.path) / CARD).is_file():
-            parts += [card.read_text(encoding="utf-8"), codes.weight]
+            parts += [card.read_text(encoding="utf-8"), codes.weight > 0]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

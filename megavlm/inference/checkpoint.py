@@ -13,6 +13,7 @@ from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
 from megavlm.config.context import CP
+from megavlm.config.encoder import check_answers
 from megavlm.config.engine import for_inference
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
@@ -20,7 +21,6 @@ from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, tokenizer_of, with_tokenizer
 from megavlm.families.presets import expand_presets
-from megavlm.inference.generate import check_answers
 from megavlm.inference.sampling import Sampling
 from megavlm.planning.layout import with_parallel, with_placement
 
@@ -129,11 +129,11 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
     if recipe.parallel.context_parallel_size > 1 and CP in given:
         raise UserError(f"{CP}: answers are not cut over ranks; leave it out")
     recipe = with_parallel(recipe, context_parallel_size=1, cp_comm_type="p2p")
-    # There is no training batch here and no profile: neither may rule out a layout.
+    # There is no training batch here, no profile and no panel: none may rule out a layout.
     recipe = dataclasses.replace(
         recipe,
         training=dataclasses.replace(recipe.training, global_batch_size=world_size),
-        logging=dataclasses.replace(recipe.logging, profile_ranks=(0,)),
+        logging=dataclasses.replace(recipe.logging, profile_ranks=(0,), panel_interval=None),
     )
     check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)

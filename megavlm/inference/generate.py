@@ -19,8 +19,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megavlm.config.encoder import check_answers
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ModelConfig
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
 from megavlm.data.positions import OwnPositions
@@ -54,19 +54,6 @@ class Chosen:
     """Natural logarithm, where the prompt's ``Sampling.report`` asks for it."""
     best: tuple[tuple[int, float], ...] = ()
     """The best tokens with theirs, as many as ``Sampling.report`` says."""
-
-
-def check_answers(model: ModelConfig) -> None:
-    """Check that a model can answer.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if model.language.encodes:
-        raise UserError(
-            f"model.language.preset: {model.language.preset} is an encoder-decoder, which is trained here and does not"
-            " answer; its loss on data.validation is what there is to measure it by"
-        )
 
 
 def generate(

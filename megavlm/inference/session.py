@@ -1,7 +1,8 @@
 """A loaded checkpoint that answers conversations, at this job's layout.
 
 Rank 0 asks, and every rank of the job takes part in the answer: :meth:`Session.answers` is a collective, and what rank
-0 passes is handed to the others. A job that talks has one data-parallel replica.
+0 passes is handed to the others. A job that talks has one data-parallel replica, or those that
+share out experts, which answer alike.
 """
 
 from __future__ import annotations
@@ -420,7 +421,7 @@ def session(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, context: int
         context: longest prompt with its answer; None for the model's ``max_position_embeddings``.
 
     Raises:
-        RecipeError: the layout has more than one data-parallel replica.
+        RecipeError: the job has more ranks than one data-parallel replica, or than those that share out experts.
     """
     longest = recipe.model.language.max_position_embeddings
     ranks, parallel = int(os.environ.get("WORLD_SIZE", "1")), recipe.parallel

@@ -37,6 +37,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavlm.layers.activation import swiglu
+from megavlm.layers.arrival import wait_for_weights
 from megavlm.layers.expert_products import copies, products, summed
 from megavlm.parallel.device import has_kernels
 from megavlm.parallel.megatron_versions import activation_of, permuted
@@ -278,9 +279,7 @@ class Experts(SequentialMLP):
             return found
         columns = [expert.linear_fc1 for expert in self.local_experts]
         rows = [expert.linear_fc2 for expert in self.local_experts]
-        for linear in (*columns, *rows):  # which nobody calls: their weights may still be on the way (overlap)
-            for hook in linear._forward_pre_hooks.values():
-                hook(linear, ())
+        wait_for_weights(*columns, *rows)  # which nobody calls
         weights = [[linear.weight for linear in one] for one in (columns, rows)]
         return products(tokens, probs, tokens_per_expert.tolist(), *weights), None
 

@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megavlm.layers.arrival import wait_for_weights
 from megavlm.layers.segments import segment_lengths, to_device
 from megavlm.layers.selective_scan import Scan, causal_convolution, kernel_convolution, kernel_scan, kernels
 
@@ -197,6 +198,7 @@ class MambaMixer(MegatronModule):
             packed_seq_params: the segments: convolution and state begin anew in each.
         """
         mixed, _bias = self.in_proj(hidden_states)
+        wait_for_weights(self.conv1d, self.dt_proj, self.ssm)  # which nobody calls
         x_SC, gate_SC = mixed.squeeze(1).chunk(2, dim=-1)
         if self.kept is not None and self.kept.goes_on:
             y_SC = self._next(self.kept, x_SC, gate_SC)

@@ -88,7 +88,7 @@ class TorchNorm(torch.nn.Module):
     def _zero_centered(self, x: Tensor) -> Tensor:
         scale = 1.0 + self.weight.float()
         if self.rms and x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":
-            found: Tensor = _RMSNorm.apply(x, x, self.weight, self.eps)
+            found: Tensor = _RMSNorm.apply(x, x, scale, self.eps)
             return found
         if self.rms:
             return F.rms_norm(x.float(), (x.size(-1),), scale, self.eps).to(x.dtype)

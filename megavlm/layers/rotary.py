@@ -57,8 +57,9 @@ def _turned(
     mscale: float = 1.0,
 ) -> Tensor:
     """Turn ``t`` [..., D] by ``freqs`` [..., R], R <= D, as Megatron-Core's ``_apply_rotary_pos_emb_bshd`` does."""
-    whole = t.size(-1) == freqs.size(-1)
-    if t.device.type != "cpu" or rotary_interleaved or multi_latent_attention or not whole:
+    # Angles may learn, as those of RICE's class token do.
+    plain = t.size(-1) == freqs.size(-1) and not freqs.requires_grad and not rotary_interleaved
+    if t.device.type != "cpu" or multi_latent_attention or not plain:
         return cast(Tensor, _rotate(t, freqs, rotary_interleaved, multi_latent_attention, mscale))
     cos, sin = ((one * mscale).to(t.dtype) for one in (torch.cos(freqs), torch.sin(freqs)))
     return cast(Tensor, _Turned.apply(t, cos, sin))

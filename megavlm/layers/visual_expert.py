@@ -31,6 +31,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megavlm.layers.arrival import wait_for_weights
 from megavlm.layers.segments import segment_lengths, to_device, two_way_spans
 
 VISION = "vision"
@@ -91,6 +92,7 @@ class _Kinds:
             assert not torch.is_grad_enabled(), "packs with pictures told apart: make_pack(.., spans=spans_of(..))"
             return self._product(self.weight, x_S1X)
         assert rows.back.numel() == x_S1X.size(0), f"{rows.back.numel()} positions, not {x_S1X.size(0)}"
+        wait_for_weights(self.vision)  # which nobody calls
         parts = [
             # Also of no tokens at all: the weights' gradients are then zero, and not missing.
             self._product(weight, x_S1X.index_select(0, own))

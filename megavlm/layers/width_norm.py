@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megavlm.layers.arrival import wait_for_weights
 from megavlm.layers.attention import CompactSelfAttention
 
 
@@ -56,6 +57,7 @@ class QueryValueBiasSelfAttention(CompactSelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Return queries, keys and values [S, B, N, D]."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        wait_for_weights(self.query, self.value)  # which nobody calls
         return query + self.query.bias.view(query.shape[-2:]), key, value + self.value.bias.view(value.shape[-2:])
 
 
@@ -84,6 +86,7 @@ class WidthNormSelfAttention(CompactSelfAttention):
         if group.size() > 1:
             squares_2SB11 = reduce_from_tensor_model_parallel_region(squares_2SB11, group=group)
             squares_2SB11 = copy_to_tensor_model_parallel_region(squares_2SB11, group=group)
+        wait_for_weights(self.query_norm, self.key_norm)  # which nobody calls
         width = self.config.num_attention_heads * self.hidden_size_per_attention_head
         inverse_2SB11 = torch.rsqrt(squares_2SB11 / width + self.config.layernorm_epsilon)
         normed = [

@@ -151,7 +151,7 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
     if chunk.last:
         rows = cost.vocabulary(language, tp) // tp
         # The final norm and the output layer keep their inputs; the loss keeps the softmax in fp32.
-        output = final_norm_kept(language, local * hidden, kernels, learns=learns)
+        output = final_norm_kept(language, local * hidden, kernels, learns=learns or lora.train_norms)
         output += stream * int(head) + tokens * rows * 4
         # The logits themselves, forward; their gradient and the weight's, backward. In fp32 these are in place.
         logits = tokens * rows * b * int(b == 2)

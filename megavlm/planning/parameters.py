@@ -147,7 +147,7 @@ class _Groups:
             yield from (ChunkParameter("language", elements, self._trained) for elements in shapes)
             return
         linears = cost.cross_linear_parameters(kind, tp) if crossed else cost.linear_parameters(kind, tp)
-        norms = norm_weights(kind) if lora.train_norms else []
+        norms = norm_weights(kind, tp) if lora.train_norms else []
         for elements in shapes:
             if elements in norms:
                 norms.remove(elements)

@@ -27,7 +27,7 @@ from megavlm.checkpoint.manifest import replace_text
 from megavlm.config.checks import check_recipe, source_name
 from megavlm.config.schema import DataSource, Recipe
 from megavlm.data.cache import located
-from megavlm.data.codes import picture_tokens
+from megavlm.data.codes import CARD, picture_tokens
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.media import plan_of
 from megavlm.data.packing import CarryOverPacker, PackableSample
@@ -111,7 +111,9 @@ def _count(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer) 
 
     def counting() -> Iterator[None]:
         names = [source_name(source) for source in sources]
-        encoder = PackEncoder(data, names, tokenizer, plan, weigh=weigher_of(recipe), codes=picture_tokens(recipe))
+        carded = [(Path(source.path) / CARD).is_file() for source in sources]
+        codes = picture_tokens(recipe)
+        encoder = PackEncoder(data, names, tokenizer, plan, weigh=weigher_of(recipe), codes=codes, carded=carded)
         for index, source in enumerate(sources):
             one = yield from _count_packs(Path(source.path), index, encoder, rank, readers)
             found[index, 0], found[index, 1] = one.samples, one.packs

@@ -126,6 +126,8 @@ def test_losses_that_differ_or_are_not_numbers_fail(gpu_check: Any) -> None:
     assert gpu_check._compared("r", outcome(2.0), outcome(2.0), 1e-4).status == "ok"
     assert gpu_check._compared("r", outcome(2.0), outcome(2.01), 1e-4).status == "failed"
     assert gpu_check._compared("r", outcome(float("nan")), outcome(2.0), 1e-4).status == "failed"
+    untaken = gpu_check.Outcome({"losses": [2.0, 2.0], "grad_norms": [1.0, None]})  # a step that was not taken
+    assert gpu_check._compared("r", untaken, outcome(2.0), 1e-4).status == "failed"
     assert gpu_check._compared("r", gpu_check.Outcome(None, "E"), outcome(2.0), 1e-4).detail == "E"
 
 

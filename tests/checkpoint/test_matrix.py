@@ -158,9 +158,15 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
             tree["vision"]["patch_size"] = 2
         else:
             tree["vision"]["patch_size"] //= 2
+            if _has_table(vision):  # beside the features: of as many places
+                tree["vision"]["positional_grid"] *= 2
         if "output_grid" in tree["vision"]:
             tree["vision"]["output_grid"] *= 2
     return tree
+
+
+def _has_table(vision: str) -> bool:
+    return bool(registry.VISION.find(vision).values.get("feature_table"))
 
 
 def make_model(vision: str = "tiny_vit", connector: str = "linear", language: str = "llama") -> ModelConfig:

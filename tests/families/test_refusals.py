@@ -69,7 +69,12 @@ def test_a_key_is_written_or_refused(name: str) -> None:
             there = getattr(model.language, key)
             other = next(one for one in OTHER.get(key, (not there,)) if one != there)
             more = {"rope_scaling_factor": 4.0} if key == "rope_scaling" else {}
-            changed = dataclasses.replace(model, language=dataclasses.replace(model.language, **{key: other}, **more))
+            try:
+                language = dataclasses.replace(model.language, **{key: other}, **more)
+            except ValueError:  # a T5 has two activations, and none of these
+                assert key == "activation"
+                continue
+            changed = dataclasses.replace(model, language=language)
             if family.refusal(changed) is None and key != "lm_head_bias":  # which is there, or not, among the tensors
                 assert family.config(changed, {}) != before, (key, other)
 

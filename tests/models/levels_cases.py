@@ -113,6 +113,9 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
             batches = shared(plan, packs(plan, own, 4, step, spans)[rank::size])
             training.scheduler.step(1)
             results.append(train_step(training.chunks, training.optimizer, batches, num_sources=1))
+        if made.parallel.overlap_param_gather:
+            for chunk in training.chunks:  # the last step's weights, which no forward pass waits for
+                chunk.disable_forward_pre_hook(param_sync=True)
         sums = {}
         for module in training.modules:
             for name, parameter in module.named_parameters():

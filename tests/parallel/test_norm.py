@@ -9,11 +9,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavlm.layers.norm import TorchNorm
 
 
-def norm(kind: str, dtype: torch.dtype = torch.float32, *, sequence_parallel: bool = False) -> TorchNorm:
+def norm(
+    kind: str, dtype: torch.dtype = torch.float32, *, sequence_parallel: bool = False, around_1: bool = False
+) -> TorchNorm:
     """Build a norm of width 64 with random weights."""
     config = TransformerConfig(
         num_layers=1, hidden_size=64, num_attention_heads=2, normalization=kind, params_dtype=dtype,
         tensor_model_parallel_size=2, sequence_parallel=sequence_parallel,
+        layernorm_zero_centered_gamma=around_1,
     )  # fmt: skip
     made = TorchNorm(config=config, hidden_size=64, eps=1e-6)
     for parameter in made.parameters():
@@ -33,13 +36,16 @@ def test_rms_norm_normalises_in_fp32_and_casts_before_the_weight(dtype: torch.dt
     assert made.bias is None
 
 
+@pytest.mark.parametrize("around_1", [False, True])
 @pytest.mark.parametrize("frozen", ["", "weight", "x"])
-def test_gradients_of_rms_norm_in_fp32_are_torchs_bit_for_bit(frozen: str) -> None:
-    made = norm("RMSNorm")
+def test_gradients_of_rms_norm_in_fp32_are_torchs_bit_for_bit(frozen: str, around_1: bool) -> None:
+    made = norm("RMSNorm", around_1=around_1)
     x, outer = torch.randn(2, 33, 3, 64, generator=torch.Generator().manual_seed(1))
     leaves = [one.requires_grad_(frozen != name) for name, one in {"x": x, "weight": made.weight}.items()]
     # Beside the norm: where there are three gradients to be summed, their order matters.
     plain = torch.nn.functional.rms_norm(x, (64,), None, 1e-6) * made.weight + x
+    if around_1:
+        plain = torch.nn.functional.rms_norm(x, (64,), 1 + made.weight, 1e-6) + x
     got = made(x) + x
     assert torch.equal(got, plain)
     asked = [one for one in leaves if one.requires_grad]

@@ -127,7 +127,7 @@ def kinds() -> dict[str, dict[str, Any]]:
     for name in LANGUAGE.names():
         preset = LANGUAGE.find(name)
         own, keys = preset.values, preset.architecture.config.__pydantic_fields__  # type: ignore[attr-defined]
-        if own.get("cross_attention_layers"):
+        if own.get("cross_attention_layers") or preset.architecture.cost is None:  # the planner refuses these
             continue
         small = {key: value for key, value in TINY.items() if key in keys}
         if own.get("num_moe_experts"):

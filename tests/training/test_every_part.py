@@ -53,7 +53,7 @@ def walk(part: every_part.Part, device: Pretended, monkeypatch: pytest.MonkeyPat
         batches = part.batches(0)
         training.scheduler.step(1)
         result = train_step(training.chunks, training.optimizer, batches, num_sources=1, vision=training.vision)
-        assert result.loss > 0 and result.grad_norm
+        assert result.loss > 0 and result.grad_norm is not None  # 0 of adapters behind a gate that is shut
         batches, places = part.batches(0), Counter[str]()
         if training.vision is None:
             with counted_waits(monkeypatch, device) as places:

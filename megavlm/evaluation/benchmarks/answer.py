@@ -100,7 +100,7 @@ def answer_questions(
         dist.all_gather_object(gathered, found, group=mpu.get_data_parallel_group())
         if dist.get_rank() != 0:
             return None
-        fresh = {row["id"]: {"run": run, **row} for part in gathered for row in part}
+        fresh = {row["id"]: {"run": run, **row} for part in gathered[:size] for row in part}
         return {**fresh, **done}
 
 

@@ -119,10 +119,14 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
 
 
 @with_all_keys
-def norm_weights(language: DecoderConfig) -> list[int]:
-    """Return the elements of the weights of one layer's norms, which every rank holds whole."""
+def norm_weights(language: DecoderConfig, tensor: int) -> list[int]:
+    """Return the elements of the weights of one layer's norms on one rank: all of each, but those of a norm a head."""
     stream = language.pre_norms + language.post_norms + int(language.attention_branch_norm)
-    return [language.hidden_size] * stream + [language.kv_channels] * 2 * int(language.qk_layernorm)
+    weights = [language.hidden_size] * stream + [language.kv_channels] * 2 * int(language.qk_layernorm)
+    if language.head_layernorm:
+        counts = language.num_attention_heads, language.num_query_groups
+        weights += [heads * language.kv_channels // tensor for heads in counts]
+    return weights
 
 
 @with_all_keys
@@ -269,16 +273,19 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     attention += masks_kept(language, tokens, b)
-    if language.head_layernorm:  # keys are there already, and queries, unless several share a key
-        read = queries * int(language.num_attention_heads != language.num_query_groups)
+    # Queries of several keys are copied out of what was projected; those of a rank's only key are a part of it.
+    copied = language.num_attention_heads != language.num_query_groups and _local_groups(language, tp) > 1
+    if language.head_layernorm:  # keys are there already
+        read = queries * int(copied)
         scales = 8 * (queries + keys) // language.kv_channels  # mean and deviation of each head, in fp32
         attention += tokens * ((read + (queries + keys) * int(learns)) * b + scales)
-    if language.qk_layernorm and plain:  # keys are there already, and queries, unless several share a key
-        read = queries * int(language.num_attention_heads != language.num_query_groups)
+    if language.qk_layernorm and plain:  # keys are there already
+        read = queries * int(copied)
         attention += tokens * (read * b + 8 * (queries + keys) // language.kv_channels)
     elif language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
-        read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
+        half = b == 2
+        read = (queries + keys) * b if kernels.fused else 4 * (queries * int(half or copied) + keys * int(half))
         multiplied = 4 if language.layernorm_zero_centered_gamma else b
         attention += tokens * (read + (queries + keys) * multiplied * int(learns and not kernels.fused))
         scales = (queries + keys) // language.kv_channels  # one of each head, in fp32
@@ -350,6 +357,8 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
         kept += local * language.hidden_size * (stream * width + b * int(language.attention_branch_norm))
         heads = (queries + keys) * int(language.qk_layernorm and language.normalization == "RMSNorm")
         kept += tokens * heads * width
+    if lora.train_norms and language.head_layernorm:
+        kept += tokens * (queries + keys) * b
     if language.num_moe_experts is not None:  # of the copies of tokens
         copies, width = local * language.moe_router_topk * shards.expert_tensor, language.expert_width
         read = {EXPERT_LINEARS[0]: language.hidden_size, EXPERT_LINEARS[1]: width // shards.expert_tensor}
