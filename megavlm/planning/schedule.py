@@ -10,7 +10,6 @@ Times may differ between stages and between micro-batches. Pure Python: nothing 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,7 +161,8 @@ def simulate(
         for rank, queue in enumerate(queues):
             own = ops[rank]
             begun, free = len(own), own[-1].end if own else 0.0
-            for kind, chunk, microbatch in itertools.islice(queue, begun, None):
+            for position in range(begun, len(queue)):
+                kind, chunk, microbatch = queue[position]
                 stage = chunk * pipeline + rank
                 done = forward_ends[microbatch]
                 if kind == "F":
