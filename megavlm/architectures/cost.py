@@ -213,7 +213,10 @@ class ConnectorCost(Protocol):
 
 
 class Shards(Protocol):
-    """How a layer is cut: what a layout tells."""
+    """How a layer is cut: what a layout tells, and all that a cost may ask of it.
+
+    A search asks once for all layouts that are alike in these.
+    """
 
     @property
     def tensor(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -43,16 +44,19 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     Raises:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
-    rules = (
+    lines = [line for rule in rules_of(world_size) for line in rule(recipe)]
+    if lines:
+        raise RecipeError.of(lines)
+
+
+def rules_of(world_size: int | None = None) -> list[Callable[[Recipe], Iterator[str]]]:
+    """Return the rules that :func:`check_recipe` asks, in their order; each goes by the recipe alone."""
+    rules: list[Callable[[Recipe], Iterator[str]]] = [
         _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _recorded, _exports, _loss,
         engine_rules, expert_rules, lora_rules, vision_rules, context_rules, codes_rules, encoder_rules,
         *_MORE,
-    )  # fmt: skip
-    lines = [line for rule in rules for line in rule(recipe)]
-    if world_size is not None:
-        lines += _world(recipe, world_size)
-    if lines:
-        raise RecipeError.of(lines)
+    ]  # fmt: skip
+    return rules if world_size is None else [*rules, functools.partial(_world, world_size=world_size)]
 
 
 def remarks(recipe: Recipe) -> list[str]:

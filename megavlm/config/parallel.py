@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 from pydantic import Field
@@ -69,3 +70,9 @@ class ParallelConfig:
         if self.expert_tensor_parallel_size is not None:
             return self.expert_tensor_parallel_size
         return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
+
+    def with_tensor(self, ranks: int) -> ParallelConfig:
+        """Return this branch with another tensor-parallel size."""
+        found = copy.copy(self)  # the other values were checked, and ``replace`` would check them again
+        object.__setattr__(found, "tensor_model_parallel_size", ranks)
+        return found

@@ -8,7 +8,6 @@ MLP of 2730). Such a part is not padded, but whole on each rank, which encodes i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 from megavlm.config.architecture import architecture_of, own_of
@@ -53,11 +52,11 @@ def part_rules(model: ModelConfig, part: str, parallel: ParallelConfig) -> Itera
     tensor = tensor_ranks(model, part, parallel.tensor_model_parallel_size)
     if part != "language" and parallel.vision_placement != "first_stage" and parallel.vision_shards == "whole":
         tensor = 1  # every rank holds all of it; with auto, it may (``planning.placement.settled`` looks again)
-    lines = _rules(model, part, replace(parallel, tensor_model_parallel_size=tensor))
+    lines = _rules(model, part, parallel.with_tensor(tensor))
     if tensor == 1 or part == "language":
         yield from lines
         return
-    whole = _rules(model, part, replace(parallel, tensor_model_parallel_size=1))
+    whole = _rules(model, part, parallel.with_tensor(1))
     for line in lines:
         yield line if line in whole else f"{line}, or set model.{part}.tensor_parallel to auto"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +16,10 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 def kinds_of(recipe: Recipe, chunk: Chunk) -> list[tuple[LanguageConfig, int]]:
     """Return how many layers of each kind a chunk has."""
-    found: dict[int, tuple[LanguageConfig, int]] = {}  # a search asks often, and equal kinds are one object
-    for kind in layer_kinds(recipe.model.language)[chunk.begin : chunk.begin + chunk.layers]:
-        found[id(kind)] = kind, found.get(id(kind), (kind, 0))[1] + 1
-    return list(found.values())
+    kinds = layer_kinds(recipe.model.language)[chunk.begin : chunk.begin + chunk.layers]
+    counts = Counter(map(id, kinds))  # a search asks often, and equal kinds are one object
+    known = {id(kind): kind for kind in kinds} if len(counts) > 1 else {id(kind): kind for kind in kinds[:1]}
+    return [(known[one], count) for one, count in counts.items()]
 
 
 def dispatch_seconds(layout: Layout, gpu: Gpu, moved: float) -> float:

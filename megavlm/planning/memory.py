@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavlm.architectures.cost import decoder_cost
 from megavlm.config.schema import Recipe
-from megavlm.planning.activations import Held, engine_key, held_by, kernels_of
+from megavlm.planning.activations import Held, carried_streams, engine_key, held_by, kernels_of
 from megavlm.planning.apart import vision_bytes
 from megavlm.planning.gpus import FRAGMENTATION, HEADROOM, RESERVED_BYTES, Gpu
-from megavlm.planning.layout import Layout, layout_of
-from megavlm.planning.parameters import static_bytes
+from megavlm.planning.layout import Chunk, Layout, layout_of
+from megavlm.planning.parameters import StaticBytes, static_bytes
+from megavlm.planning.reckoned import Reckoned, shards, splits
 from megavlm.planning.schedule import rank_order
 from megavlm.planning.workload import Workload, assume_workload
 
@@ -56,12 +59,46 @@ def usable_bytes(gpu: Gpu) -> float:
     return gpu.memory_bytes * (1 - HEADROOM)
 
 
-def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> StageMemory:
+def stage_memory(
+    recipe: Recipe, layout: Layout, stage: int, workload: Workload, known: Reckoned | None = None
+) -> StageMemory:
     """Return the bytes of a rank of ``stage`` at the peak of a step, with the heaviest pack in every micro-batch."""
-    static, whole = static_bytes(recipe, layout, stage), workload
+    known, whole = known or Reckoned(), workload
+    static, place = _static(recipe, layout, stage, known), (shards(layout), splits(layout), layout.microbatches, stage)
     workload = workload.of_rank(layout.context)
-    held = [held_by(recipe, layout, chunk, workload.tokens, workload.most_views) for chunk in layout.chunks_of(stage)]
-    count, passing = _peak(layout, stage, held)
+    activations, vision, output, passing = known.once(
+        ("activations", recipe.parallel.recompute_granularity, *place),
+        lambda: _activations(recipe, layout, stage, workload, known),
+    )
+    buffers = known.once(("buffers", *place), lambda: _buffers(recipe, layout, stage, workload, whole))
+    return StageMemory(
+        weights=static.weights,
+        gradients=static.gradients,
+        optimizer=static.optimizer,
+        activations=activations,
+        vision=vision,
+        output=output,
+        buffers=buffers + passing,
+    )
+
+
+def least_total(recipe: Recipe, layout: Layout, stage: int, known: Reckoned) -> int:
+    """Return the bytes below which the ``total`` of a stage cannot be: what it needs without activations."""
+    static = _static(recipe, layout, stage, known)
+    return StageMemory(static.weights, static.gradients, static.optimizer, 0, 0, 0, 0).total
+
+
+def _static(recipe: Recipe, layout: Layout, stage: int, known: Reckoned) -> StaticBytes:
+    key = shards(layout), splits(layout), layout.experts, layout.gpus, stage
+    return known.once(("static", *key), lambda: static_bytes(recipe, layout, stage, known))
+
+
+def _activations(
+    recipe: Recipe, layout: Layout, stage: int, workload: Workload, known: Reckoned
+) -> tuple[int, int, int, int]:
+    """Return what a rank of ``stage`` keeps at the peak, of language layers, pictures and output, and what passes."""
+    held = [_held(recipe, layout, chunk, workload, known) for chunk in layout.chunks_of(stage)]
+    count, passing = _peak(layout, stage, held, known)
     language = sum(n * chunk.language for n, chunk in zip(count, held, strict=True))
     vision = sum(n * chunk.vision for n, chunk in zip(count, held, strict=True))
     output = sum(n * chunk.output for n, chunk in zip(count, held, strict=True))
@@ -72,37 +109,68 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload)
             vision, passing = vision + own.following, passing + own.passing
         else:
             passing = max(passing, own.passing - language - output)
-    return StageMemory(
-        weights=static.weights,
-        gradients=static.gradients,
-        optimizer=static.optimizer,
-        activations=language,
-        vision=vision,
-        output=output,
-        buffers=_buffers(recipe, layout, stage, workload, whole) + passing,
+    return language, vision, output, passing
+
+
+def _held(recipe: Recipe, layout: Layout, chunk: Chunk, workload: Workload, known: Reckoned) -> Held:
+    """Return the bytes of one micro-batch in a chunk; ``workload`` is this rank's part."""
+    beside = carried_streams(recipe, layout), chunk.attending, chunk.features_go_on
+    place = known.layers(recipe, chunk), chunk.first, chunk.last, chunk.encodes
+    return known.once(
+        ("held", recipe.parallel.recompute_granularity, shards(layout), *place, *beside),
+        lambda: held_by(recipe, layout, chunk, workload.tokens, workload.most_views),
     )
 
 
-def _peak(layout: Layout, stage: int, held: list[Held]) -> tuple[list[int], int]:
+_Moment = tuple[tuple[int, ...], int, bool]
+"""Micro-batches that each chunk of a rank keeps, which chunk works, and whether it goes forward."""
+
+
+def _peak(layout: Layout, stage: int, held: list[Held], known: Reckoned) -> tuple[Sequence[int], int]:
     """Walk through the rank's calls; return the micro-batches that each chunk keeps at the peak, and what passes."""
     # More micro-batches than this fill the pipeline no further.
     microbatches = min(layout.microbatches, 2 * layout.pipeline)
     sizes = [chunk.kept for chunk in held]
-    kept = [0] * len(held)
-    best: tuple[int, list[int], int] = (-1, kept, 0)
-    for work in rank_order(stage, microbatches, pipeline=layout.pipeline, virtual=layout.virtual):
+    walk = stage, microbatches, layout.pipeline, layout.virtual
+    moments = known.once(("moments", *walk), lambda: _moments(*walk))
+    if min(sizes) > 0:  # no other moment can be the fullest, then
+        moments = known.once(("full moments", *walk), lambda: _fullest(moments))
+    best: tuple[int, Sequence[int], int] = (-1, [0] * len(held), 0)
+    for kept, chunk, forward in moments:
+        passing = held[chunk].forward if forward else held[chunk].backward
+        total = passing + sum(map(operator.mul, kept, sizes))
+        if total > best[0]:
+            best = (total, kept, passing)
+    return best[1:]
+
+
+def _moments(stage: int, microbatches: int, pipeline: int, virtual: int | None) -> list[_Moment]:
+    """Return what there is on a rank during its calls, each moment once, in their order."""
+    kept = [0] * (virtual or 1)
+    found: dict[_Moment, None] = {}
+    for work in rank_order(stage, microbatches, pipeline=pipeline, virtual=virtual):
         forward = work.kind == "F"
         if forward:
             kept[work.chunk] += 1
-        passing = held[work.chunk].forward if forward else held[work.chunk].backward
-        total = passing
-        for number, bytes_kept in zip(kept, sizes, strict=True):
-            total += number * bytes_kept
-        if total > best[0]:
-            best = (total, list(kept), passing)
+        found.setdefault((tuple(kept), work.chunk, forward))
         if not forward:
             kept[work.chunk] -= 1
-    return best[1:]
+    return list(found)
+
+
+def _fullest(moments: Sequence[_Moment]) -> list[_Moment]:
+    """Leave out moments beside another one of the same call, in which each chunk keeps as much or more."""
+    most: dict[tuple[int, bool], list[_Moment]] = {}
+    for moment in moments:
+        found = most.setdefault(moment[1:], [])
+        if not any(_within(moment, other) for other in found):
+            found[:] = [*(other for other in found if not _within(other, moment)), moment]
+    left = {moment for found in most.values() for moment in found}
+    return [moment for moment in moments if moment in left]
+
+
+def _within(one: _Moment, other: _Moment) -> bool:
+    return all(map(operator.le, one[0], other[0]))
 
 
 def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload, whole: Workload) -> int:

@@ -7,8 +7,10 @@ against real models.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,10 +25,11 @@ from megavlm.architectures.cost import (
 )
 from megavlm.config.architecture import BRANCHES, own_of
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
-from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe
+from megavlm.config.schema import LanguageConfig, ModelConfig, Recipe
 from megavlm.config.split import is_replicated, tensor_ranks
 from megavlm.data.media import plan_of
 from megavlm.planning.layout import Chunk, Layout
+from megavlm.planning.reckoned import Reckoned
 
 _ALIGNMENT = 64
 """Elements to which the distributed optimizer's buffer aligns the start of each parameter."""
@@ -34,19 +37,6 @@ NF4_BYTES = (4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * NF4_GROUP)) / 8
 """Of a quantised weight: its code, and its share of the two levels of scales."""
 _BUCKET_ALIGNMENT = 128
 """The end of a bucket is aligned to a multiple of this and of the data-parallel size."""
-
-
-_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, "Layers", bool, bool, bool]
-"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last, whether it encodes."""
-
-
-class Layers(NamedTuple):
-    """The language layers of a chunk, and over how many ranks their experts lie."""
-
-    first: int = 0
-    number: int = 0
-    experts: int = 1
-    expert_tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,142 +65,175 @@ def check_costs(model: ModelConfig) -> None:
 
 def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[ChunkParameter, ...]:
     """Return the parameters of one chunk on one tensor-parallel rank."""
-    return _chunk_parameters(*_kind(recipe, layout, chunk))
+    groups = _Groups(recipe, layout).of(chunk)
+    return tuple(one for group in groups for _ in range(group.times) for one in group.reckon())
 
 
-def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
-    modules = recipe.modules
-    learns = (not modules.vision.freeze, not modules.connector.freeze, not modules.language.freeze)
-    layers = Layers(chunk.begin, chunk.layers, layout.experts, layout.expert_tensor)
-    return recipe.model, recipe.lora, learns, layout.tensor, layers, chunk.first, chunk.last, chunk.encodes
+class _Group(NamedTuple):
+    """Parameters that stand together, and may do so in many chunks."""
+
+    key: Hashable
+    """Groups of a key are the same in all layouts of a recipe."""
+    reckon: Callable[[], Iterable[ChunkParameter]]
+    times: int = 1
+    """They stand there so often, one behind the other."""
 
 
-@functools.lru_cache(maxsize=64)
-def _expert_parameters(
-    kind: LanguageConfig, *, learns: bool, quantised: bool, layers: Layers
-) -> tuple[ChunkParameter, ...]:
-    """Return the parameters of the experts of a layer on one rank; ``quantised``: all but biases are in 4 bits."""
-    shapes = expert_parameters(kind, layers.experts, layers.expert_tensor)
-    spread, matrices = layers.experts > 1, set(shapes[:2])
-    known = {
-        size: ChunkParameter("language", size, learns, quantised and size in matrices, spread=spread)
-        for size in set(shapes)
-    }
-    return tuple(known[size] for size in shapes)
+class _Groups:
+    """The parameters of a recipe's chunks in a layout, on one rank."""
 
+    def __init__(self, recipe: Recipe, layout: Layout) -> None:
+        self._model, self._lora, self._modules = recipe.model, recipe.lora, recipe.modules
+        self._tp, self._experts = layout.tensor, (layout.experts, layout.expert_tensor)
+        self._trained = not recipe.modules.language.freeze
 
-# A search asks for the same chunks over and over; those of a hundred experts a layer are long.
-@functools.lru_cache(maxsize=256)
-def _chunk_parameters(
-    model: ModelConfig,
-    lora: LoraConfig,
-    learns: tuple[bool, bool, bool],
-    tp: int,
-    layers: Layers,
-    first: bool,
-    last: bool,
-    encodes: bool,
-) -> tuple[ChunkParameter, ...]:
-    language, cost = model.language, decoder_cost(model.language)
-    table = cost.vocabulary(language, tp) // tp * language.hidden_size
-    found: list[ChunkParameter] = []
-    if encodes:
-        for part, learning in (("vision", learns[0]), ("connector", learns[1])):
+    def of(self, chunk: Chunk) -> Iterator[_Group]:
+        """Yield the groups of a chunk: pictures, experts, layers, what is around them, and adapters beside experts."""
+        tp, ends, experts = self._tp, (chunk.first, chunk.last), self._experts
+        runs = self._runs(chunk)
+        if chunk.encodes:
+            yield _Group(("pictures", tp), lambda: self.pictures(tp))
+        for kind, _, times in runs:
+            yield _Group(("experts", id(kind), experts), functools.partial(self._expert, kind), times)
+        for kind, crossed, times in runs:
+            layer = functools.partial(self._layer, kind, crossed)
+            yield _Group(("layer", id(kind), crossed, tp), layer, times)
+        yield _Group(("ends", *ends, tp), lambda: self._ends(*ends))
+        for kind, _, times in runs if self._lora.rank is not None else ():
+            beside = functools.partial(self._beside_experts, kind)
+            yield _Group(("beside experts", id(kind), experts), beside, times)
+
+    def _runs(self, chunk: Chunk) -> list[tuple[LanguageConfig, bool, int]]:
+        """Return the kinds of a chunk's layers, whether they attend to pictures instead of to text, and how many do."""
+        language, end = self._model.language, chunk.begin + chunk.layers
+        kinds = layer_kinds(language)[chunk.begin : end]
+        crossed = [False] * len(kinds)
+        for number in language.cross_layers:
+            if chunk.begin <= number < end:
+                crossed[number - chunk.begin] = True
+        runs = itertools.groupby(zip(map(id, kinds), crossed, kinds, strict=True), key=operator.itemgetter(0, 1))
+        return [(run[0][2], key[1], len(run)) for key, run in ((key, list(alike)) for key, alike in runs)]
+
+    def pictures(self, tp: int) -> Iterator[ChunkParameter]:
+        """Yield the parameters of tower and connector on one of ``tp`` ranks."""
+        model, modules = self._model, self._modules
+        for part, learns in (("vision", not modules.vision.freeze), ("connector", not modules.connector.freeze)):
             if part == "connector" and plan_of(model).newline:
-                found.append(ChunkParameter(part, language.hidden_size, learning))
-            own = own_of(model, part)
-            shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
-            found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
-    numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.number]
-    kinds, crossed = [kind for _, kind in numbered], set(language.cross_layers)
-    trained, spread = learns[2] and lora.rank is None, Layers(0, 0, layers.experts, layers.expert_tensor)
-    found += [
-        one
-        for kind in kinds
-        for one in _expert_parameters(kind, learns=trained, quantised=lora.quantize is not None, layers=spread)
-    ]
-    shapes = [
-        one
-        for number, kind in numbered
-        for one in (cost.cross_parameters(kind, tp) if number in crossed else cost.layer_parameters(kind, tp))
-    ]
-    if first:
-        shapes.append(table)
-    if last:
-        shapes += [one.elements for one in final_parameters(language, tp)]
-        # A tied output layer has a copy of its own, unless the embedding lies in the same chunk.
-        if not (language.tie_word_embeddings and first):
-            shapes.append(table)
-    if lora.rank is None:
-        return (*found, *(ChunkParameter("language", elements, learns[2]) for elements in shapes))
-    own = _with_adapters(language, lora, tp, numbered, first, last)
-    return (*found, *own, *_beside_experts(kinds, lora, spread))
+                yield ChunkParameter(part, model.language.hidden_size, learns)
+            for one in cost_of(model, part).parameters(own_of(model, part), tensor_ranks(model, part, tp)):
+                yield ChunkParameter(part, one.elements, learns and not one.fixed)
 
+    def _expert(self, kind: LanguageConfig) -> Iterator[ChunkParameter]:
+        """Yield the parameters of the experts of a layer; those in 4 bits are all but biases."""
+        shapes = expert_parameters(kind, *self._experts)
+        learns, quantised = self._trained and self._lora.rank is None, self._lora.quantize is not None
+        spread, matrices = self._experts[0] > 1, set(shapes[:2])
+        known = {
+            size: ChunkParameter("language", size, learns, quantised and size in matrices, spread=spread)
+            for size in set(shapes)
+        }
+        yield from (known[size] for size in shapes)
 
-def _beside_experts(kinds: Sequence[LanguageConfig], lora: LoraConfig, layers: Layers) -> Iterator[ChunkParameter]:
-    """Yield the adapters of a chunk's experts."""
-    for kind in kinds:
-        for elements in expert_adapter_parameters(kind, lora, layers.experts, layers.expert_tensor):
-            yield ChunkParameter("language", elements, True, spread=layers.experts > 1)
+    def _beside_experts(self, kind: LanguageConfig) -> Iterator[ChunkParameter]:
+        """Yield the adapters of a layer's experts."""
+        for elements in expert_adapter_parameters(kind, self._lora, *self._experts):
+            yield ChunkParameter("language", elements, True, spread=self._experts[0] > 1)
 
-
-def _with_adapters(
-    language: LanguageConfig,
-    lora: LoraConfig,
-    tp: int,
-    numbered: Sequence[tuple[int, LanguageConfig]],
-    first: bool,
-    last: bool,
-) -> Iterator[ChunkParameter]:
-    """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says.
-
-    ``numbered``: its layers with their numbers in the whole model, each as if all were of its kind.
-    """
-    cost = decoder_cost(language)
-    table, crossed = cost.vocabulary(language, tp) // tp * language.hidden_size, set(language.cross_layers)
-    for number, kind in numbered:
-        if number in crossed:
-            own, beside = cost.cross_parameters(kind, tp), cost.cross_adapter_parameters(kind, lora, tp)
-            linears = cost.cross_linear_parameters(kind, tp)
-        else:
-            own, beside = cost.layer_parameters(kind, tp), cost.adapter_parameters(kind, lora, tp)
-            linears = cost.linear_parameters(kind, tp)
+    def _layer(self, kind: LanguageConfig, crossed: bool) -> Iterator[ChunkParameter]:
+        """Yield the parameters of a layer; adapters learn, and of the others what the recipe says."""
+        cost, lora, tp = decoder_cost(kind), self._lora, self._tp
+        shapes = cost.cross_parameters(kind, tp) if crossed else cost.layer_parameters(kind, tp)
+        if lora.rank is None:
+            yield from (ChunkParameter("language", elements, self._trained) for elements in shapes)
+            return
+        linears = cost.cross_linear_parameters(kind, tp) if crossed else cost.linear_parameters(kind, tp)
         norms = norm_weights(kind, tp) if lora.train_norms else []
-        for elements in own:
+        for elements in shapes:
             if elements in norms:
                 norms.remove(elements)
                 yield ChunkParameter("language", elements, True)
                 continue
             yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
-        for elements in beside:
-            yield ChunkParameter("language", elements, True)
-    if first:
-        yield ChunkParameter("language", table, lora.train_embeddings)
-    if last:
+        adapters = cost.cross_adapter_parameters if crossed else cost.adapter_parameters
+        yield from (ChunkParameter("language", elements, True) for elements in adapters(kind, lora, tp))
+
+    def _ends(self, first: bool, last: bool) -> Iterator[ChunkParameter]:
+        """Yield what the first and the last chunk have beside layers."""
+        language, lora, tp, adapted = self._model.language, self._lora, self._tp, self._lora.rank is not None
+        table = decoder_cost(language).vocabulary(language, tp) // tp * language.hidden_size
+        if first:
+            yield ChunkParameter("language", table, lora.train_embeddings if adapted else self._trained)
+        if not last:
+            return
         for number, one in enumerate(final_parameters(language, tp)):  # first the last norm's weight
-            learns = (lora.train_head and one.head) or (lora.train_norms and number == 0)
-            yield ChunkParameter("language", one.elements, learns)
+            beside = (lora.train_head and one.head) or (lora.train_norms and number == 0)
+            yield ChunkParameter("language", one.elements, beside if adapted else self._trained)
+        # A tied output layer has a copy of its own, unless the embedding lies in the same chunk.
         if not (language.tie_word_embeddings and first):
-            yield ChunkParameter("language", table, lora.train_head)
+            yield ChunkParameter("language", table, lora.train_head if adapted else self._trained)
 
 
-@functools.lru_cache(maxsize=4096)
-def _elements(kind: _Kind, data: int, *, spread: bool = False) -> tuple[int, int, int]:
-    """Return frozen elements, learning ones, and those of the buffer that holds the learning ones.
+class Elements(NamedTuple):
+    """How many elements some parameters have on one rank."""
 
-    ``data`` is the data-parallel size for the distributed optimizer's padding, or 0 for none. ``spread``: of experts
-    that other ranks share, which have a buffer of their own, or of all else.
+    frozen: int = 0
+    learning: int = 0
+    end: int = 0
+    """Of the buffer that holds the learning ones, before it is padded."""
+    quantised: int = 0
+
+    def buffer(self, data: int) -> int:
+        """Return the elements of that buffer, which the optimizer of ``data`` ranks pads; 0 for one that does not."""
+        return _padded(self.end, data) if data else self.learning
+
+    def then(self, more: Elements, times: int) -> Elements:
+        """Return these and behind them ``more``, so many times; in the buffer each begins aligned."""
+        end = _aligned(self.end) + (times - 1) * _aligned(more.end) + more.end if more.end else self.end
+        learning, quantised = self.learning + times * more.learning, self.quantised + times * more.quantised
+        return Elements(self.frozen + times * more.frozen, learning, end, quantised)
+
+
+def chunk_elements(
+    recipe: Recipe, layout: Layout, chunk: Chunk, known: Reckoned | None = None, *, spread: bool = False
+) -> Elements:
+    """Return the elements of a chunk on one tensor-parallel rank.
+
+    ``spread``: of experts that other ranks share, which have a buffer of their own, or of all else.
     """
-    parameters = [parameter for parameter in _chunk_parameters(*kind) if parameter.spread == spread]
-    sizes = [parameter.elements for parameter in parameters if parameter.learns]
-    learning = sum(sizes)
-    frozen = sum(parameter.elements for parameter in parameters) - learning
-    return frozen, learning, buffer_elements(sizes, data) if data else learning
+    known = known or Reckoned()
+    ends = chunk.first, chunk.last, chunk.encodes
+    key = layout.tensor, layout.experts, layout.expert_tensor, known.layers(recipe, chunk), *ends
+    return known.once(("elements", *key), lambda: _elements(_Groups(recipe, layout).of(chunk), known))[spread]
 
 
-def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk, *, spread: bool = False) -> int:
+def _elements(groups: Iterable[_Group], known: Reckoned) -> tuple[Elements, Elements]:
+    """Count parameters: those that are not spread, and those that are."""
+    found = Elements(), Elements()
+    for group in groups:
+
+        def counted(group: _Group = group) -> tuple[Elements, Elements]:
+            all_of_it = list(group.reckon())
+            return _counted(one for one in all_of_it if not one.spread), _counted(
+                one for one in all_of_it if one.spread
+            )
+
+        own = known.once(("elements of", group.key), counted)
+        found = found[0].then(own[0], group.times), found[1].then(own[1], group.times)
+    return found
+
+
+def _counted(parameters: Iterable[ChunkParameter]) -> Elements:
+    all_of_them = list(parameters)
+    sizes = [one.elements for one in all_of_them if one.learns]
+    quantised = sum(one.elements for one in all_of_them if one.quantised)
+    return Elements(sum(one.elements for one in all_of_them) - sum(sizes), sum(sizes), _end(sizes), quantised)
+
+
+def learning_elements(
+    recipe: Recipe, layout: Layout, chunk: Chunk, known: Reckoned | None = None, *, spread: bool = False
+) -> int:
     """Return the elements of a chunk that learn, on one tensor-parallel rank; ``spread``: of its experts, with EP."""
-    return _elements(_kind(recipe, layout, chunk), 0, spread=spread)[1]
+    return chunk_elements(recipe, layout, chunk, known, spread=spread).learning
 
 
 def replicated_elements(recipe: Recipe, layout: Layout) -> int:
@@ -218,22 +241,20 @@ def replicated_elements(recipe: Recipe, layout: Layout) -> int:
     if layout.apart:  # over all ranks of the job: ``apart_elements``
         return 0
     parts = {part for part in ("vision", "connector") if is_replicated(recipe.model, part, layout.tensor)}
-    found = chunk_parameters(recipe, layout, layout.chunks[0]) if parts else ()
+    found = _Groups(recipe, layout).pictures(layout.tensor) if parts else ()
     return sum(parameter.elements for parameter in found if parameter.learns and parameter.module in parts)
 
 
-def apart_elements(recipe: Recipe, layout: Layout) -> tuple[int, int, int]:
+def apart_elements(recipe: Recipe, layout: Layout, known: Reckoned | None = None) -> tuple[int, int, int]:
     """Return what every rank has of tower and connector where they lie on all: frozen, learning, gradient buffer."""
     if not layout.apart:
         return 0, 0, 0
-    model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
-    whole = _chunk_parameters(
-        model, LoraConfig(), learns, layout.tensor if layout.together else 1, Layers(), True, False, True
+    ranks = layout.tensor if layout.together else 1
+
+    own = (known or Reckoned()).once(
+        ("elements apart", ranks), lambda: _counted(_Groups(recipe, layout).pictures(ranks))
     )
-    found = [parameter for parameter in whole if parameter.module != "language"]
-    sizes = [parameter.elements for parameter in found if parameter.learns]
-    frozen = sum(parameter.elements for parameter in found) - sum(sizes)
-    return frozen, sum(sizes), buffer_elements(sizes, layout.vision_data) if sizes else 0
+    return own.frozen, own.learning, own.buffer(layout.vision_data)
 
 
 @dataclass(frozen=True)
@@ -245,50 +266,50 @@ class StaticBytes:
     optimizer: int
 
 
-def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
+def static_bytes(recipe: Recipe, layout: Layout, stage: int, known: Reckoned | None = None) -> StaticBytes:
     """Return the bytes of weights, gradients and optimizer of a rank of ``stage``.
 
     As Megatron-Core keeps them: weights in the compute type; fp32 gradients of what learns, in buffers that the
     distributed optimizer pads; AdamW's two moments and, in bf16, the master weights in fp32, which the distributed
     optimizer spreads over the data- and context-parallel ranks.
     """
-    parallel = recipe.parallel
+    known = known or Reckoned()
     half = recipe.training.precision != "fp32"
     weight = 2 if half else 4
-    ranks = layout.shards if parallel.use_distributed_optimizer else 1
-    padded_for = layout.shards if parallel.use_distributed_optimizer else 0
-    chunks = [_elements(_kind(recipe, layout, chunk), padded_for) for chunk in layout.chunks_of(stage)]
-    frozen, learning, buffer = (sum(column) for column in zip(*chunks, strict=True))
-    expert_ranks = layout.expert_data if parallel.use_distributed_optimizer else 1
-    experts = [
-        _elements(_kind(recipe, layout, chunk), padded_for and expert_ranks, spread=True)
-        for chunk in layout.chunks_of(stage)
-    ]
-    frozen_experts, learning_experts, expert_buffer = (sum(column) for column in zip(*experts, strict=True))
-    frozen, buffer = frozen + frozen_experts, buffer + expert_buffer
+    cut, chunks = recipe.parallel.use_distributed_optimizer, layout.chunks_of(stage)
+    ranks, expert_ranks = (layout.shards, layout.expert_data) if cut else (1, 1)
+    own = [chunk_elements(recipe, layout, chunk, known) for chunk in chunks]
+    experts = [chunk_elements(recipe, layout, chunk, known, spread=True) for chunk in chunks]
+    buffer = sum(one.buffer(ranks if cut else 0) for one in own)
+    buffer += sum(one.buffer(expert_ranks if cut else 0) for one in experts)
+    frozen = sum(one.frozen for one in own) + sum(one.frozen for one in experts)
+    learning, learning_experts = (sum(one.learning for one in found) for found in (own, experts))
     per_element = 12 if half else 8
-    packed = 0
-    if recipe.lora.quantize is not None:
-        packed = sum(
-            parameter.elements
-            for chunk in layout.chunks_of(stage)
-            for parameter in chunk_parameters(recipe, layout, chunk)
-            if parameter.quantised
-        )
-    kept, trained, own = apart_elements(recipe, layout)
+    packed = sum(one.quantised for one in own) + sum(one.quantised for one in experts)
+    kept, trained, apart = apart_elements(recipe, layout, known)
     return StaticBytes(
-        weights=weight * (frozen - packed + buffer + kept + own) + int(packed * NF4_BYTES),
-        gradients=4 * (buffer + own),
+        weights=weight * (frozen - packed + buffer + kept + apart) + int(packed * NF4_BYTES),
+        gradients=4 * (buffer + apart),
         optimizer=per_element * learning // ranks
         + per_element * learning_experts // expert_ranks
         + per_element * trained // layout.vision_data,
     )
 
 
-def buffer_elements(sizes: list[int], data: int) -> int:
+def buffer_elements(sizes: Sequence[int], data: int) -> int:
     """Return the elements of a distributed optimizer's buffer that holds parameters of these sizes, in one bucket."""
-    end = 0
-    for size in sizes:
-        end = -(-end // _ALIGNMENT) * _ALIGNMENT + size
+    return _padded(_end(sizes), data)
+
+
+def _end(sizes: Sequence[int]) -> int:
+    """Return where the last parameter of a buffer ends."""
+    return sum(map(_aligned, sizes[:-1])) + sizes[-1] if sizes else 0
+
+
+def _aligned(end: int) -> int:
+    return -(-end // _ALIGNMENT) * _ALIGNMENT
+
+
+def _padded(end: int, data: int) -> int:
     multiple = math.lcm(data, _BUCKET_ALIGNMENT)
     return -(-end // multiple) * multiple

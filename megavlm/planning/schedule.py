@@ -146,29 +146,45 @@ def simulate(
         raise ValueError(f"times of {len(stage_forward)} forward and {len(stage_backward)} backward passes do not pair")
     if any(len(row) != stages for row in (*stage_forward, *stage_backward)):
         raise ValueError(f"each micro-batch needs times for {stages} stages (pipeline x virtual)")
-    seconds = {"F": stage_forward, "B": stage_backward}
     queues = [
         rank_order(rank, len(stage_forward), pipeline=pipeline, virtual=virtual) for rank in range(pipeline)
     ]  # fmt: skip
-    ends: dict[tuple[Kind, int, int], float] = {}
+    message = p2p_seconds if pipeline > 1 else 0.0
+    # When passes end, by micro-batch and stage: None while that is not known.
+    forward_ends: list[list[float | None]] = [[None] * stages for _ in stage_forward]
+    backward_ends: list[list[float | None]] = [[None] * stages for _ in stage_forward]
     ops: list[list[Op]] = [[] for _ in queues]
     left, progress = sum(map(len, queues)), True
     while left:
         assert progress, "the order of calls waits for itself"
         progress = False
         for rank, queue in enumerate(queues):
-            while len(ops[rank]) < len(queue):
-                work = queue[len(ops[rank])]
-                stage = work.chunk * pipeline + rank
-                ready = _ready(work, stage, stages, ends, p2p_seconds if pipeline > 1 else 0.0)
+            own = ops[rank]
+            begun, free = len(own), own[-1].end if own else 0.0
+            for position in range(begun, len(queue)):
+                kind, chunk, microbatch = queue[position]
+                stage = chunk * pipeline + rank
+                done = forward_ends[microbatch]
+                if kind == "F":
+                    ends, seconds = done, stage_forward[microbatch][stage]
+                    ready = _sent(done[stage - 1], message) if stage else 0.0
+                else:
+                    ends, seconds = backward_ends[microbatch], stage_backward[microbatch][stage]
+                    # The loss is on the last stage.
+                    ready = _sent(ends[stage + 1], message) if stage < stages - 1 else done[stage]
                 if ready is None:
                     break
-                start = max(ready, ops[rank][-1].end if ops[rank] else 0.0)
-                end = start + seconds[work.kind][work.microbatch][stage]
-                ends[work.kind, work.microbatch, stage] = end
-                ops[rank].append(Op(rank, work.chunk, work.microbatch, work.kind, start, end))
-                left, progress = left - 1, True
+                start = ready if ready > free else free
+                free = ends[stage] = start + seconds
+                own.append(Op(rank, chunk, microbatch, kind, start, free))
+            left -= len(own) - begun
+            progress = progress or len(own) > begun
     return Timeline(tuple(op for of_rank in ops for op in of_rank), pipeline, virtual or 1)
+
+
+def _sent(end: float | None, message: float) -> float | None:
+    """Return when what a pass gave has come to the next stage."""
+    return None if end is None else end + message
 
 
 def around(line: Timeline, encode: Sequence[float], home: Sequence[float], handing: float = 0.0) -> Timeline:
@@ -191,16 +207,3 @@ def around(line: Timeline, encode: Sequence[float], home: Sequence[float], handi
         back = max(ended, passes[-1].end) + handing
         ops += [Op(rank, 0, 0, "E", 0.0, encode[rank]), *passes, Op(rank, 0, 0, "R", back, back + home[rank])]
     return Timeline(tuple(ops), line.pipeline, line.virtual)
-
-
-def _ready(
-    work: Call, stage: int, stages: int, ends: dict[tuple[Kind, int, int], float], p2p_seconds: float
-) -> float | None:
-    """Return when the input of a call is there, or None while that is not known."""
-    forward = work.kind == "F"
-    if forward and stage == 0:
-        return 0.0
-    if not forward and stage == stages - 1:  # the loss is on this stage
-        return ends.get(("F", work.microbatch, stage))
-    sent = ends.get((work.kind, work.microbatch, stage - 1 if forward else stage + 1))
-    return None if sent is None else sent + p2p_seconds

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megavlm.config.checks import check_recipe
@@ -12,9 +12,11 @@ from megavlm.config.schema import Recipe
 from megavlm.planning.activations import kernels_of
 from megavlm.planning.experts import expert_layouts
 from megavlm.planning.gpus import GIB, Gpu
-from megavlm.planning.layout import GPUS_PER_NODE, Layout, layout_of, with_parallel
-from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
+from megavlm.planning.layout import GPUS_PER_NODE, Layout, chunks_of, layout_of, tried, with_parallel
+from megavlm.planning.memory import StageMemory, fits, least_total, stage_memory, usable_bytes
 from megavlm.planning.parameters import check_costs
+from megavlm.planning.reckoned import Reckoned
+from megavlm.planning.rules import Rules
 from megavlm.planning.seconds import StepTime
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload
@@ -25,6 +27,8 @@ _LEAST_PIECE = 8192
 """Tokens of a rank below which packs are not cut: their other ways of being spread cost less."""
 _SIMULATED = 10
 """Of so many layouts the whole step is simulated in the end."""
+_NEARLY = 0.99995
+"""Of the best time: a layout whose least is above it is not faster, whatever is lost in rounding."""
 _UNEVEN = 2.0
 """The first stage may have at most this times its even share of layers."""
 
@@ -81,16 +85,6 @@ class Search:
     """On so many GPUs."""
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A layout that fits, not simulated yet."""
-
-    recipe: Recipe
-    layout: Layout
-    memory: tuple[StageMemory, ...]
-    timer: Timer
-
-
 def search(
     recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload, among: Collection[tuple[int, int]] | None = None
 ) -> Search:
@@ -106,35 +100,20 @@ def search(
     if kernels_of(recipe).fp8 and gpu.fp8_flops is None:
         raise RecipeError(f"engine.fp8: {gpu.name} has no FP8; set it to null, or plan for an H100 or H200")
     check_recipe(with_parallel(recipe, **_ONE))
-    best: dict[tuple[int, int, int, int | None], Plan] = {}
+    best: list[Plan] = []
     refusals: list[Refusal] = []
-    tried = 0
+    trial = _Trial(recipe, gpus, gpu, workload)
     for tp, cp, pp in _sizes(recipe, gpus):
-        if among is not None and (tp, pp) not in among:
-            continue
-        reasons: list[tuple[float, str]] = []
-        possible: list[tuple[float, _Candidate]] = []
-        for values in _values(recipe, gpus, tp, cp, pp):
-            tried += 1
-            candidate = _try(recipe, gpus, gpu, workload, values)
-            if isinstance(candidate, _Candidate):
-                possible.append((candidate.timer.least(), candidate))
+        if among is None or (tp, pp) in among:
+            found = trial.fastest(_values(recipe, gpus, tp, cp, pp))
+            if isinstance(found, str):
+                refusals.append(Refusal(tp, pp, found, cp))
             else:
-                reasons.append(candidate)
-        if not possible:
-            refusals.append(Refusal(tp, pp, min(reasons)[1], cp))
-        # The most promising first: most of the others need no simulation then.
-        for least, candidate in sorted(possible, key=lambda pair: pair[0]):
-            key = (tp, cp, pp, candidate.layout.virtual)
-            if key in best and least >= best[key].time.step:
-                continue
-            plan = Plan(candidate.recipe, candidate.layout, candidate.memory, candidate.timer.step(whole=False))
-            if key not in best or plan.time.step < best[key].time.step * 0.9999:
-                best[key] = plan
-    plans = sorted(best.values(), key=lambda plan: plan.time.step)
-    exact = [evaluate(plan.recipe, gpus, gpu, workload) for plan in plans[:_SIMULATED]]
+                best += found
+    plans = sorted(best, key=lambda plan: plan.time.step)
+    exact = [trial.simulated(plan) for plan in plans[:_SIMULATED]]
     plans = sorted(exact, key=lambda plan: plan.time.step) + plans[_SIMULATED:]
-    return Search(tuple(plans), tuple(refusals), tried, gpus)
+    return Search(tuple(plans), tuple(refusals), trial.tried, gpus)
 
 
 _ONE: dict[str, Any] = {
@@ -150,6 +129,14 @@ _ONE: dict[str, Any] = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": None,
 }
+
+
+_SPLIT = (
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+)
+"""What says which layers lie in which chunk."""
 
 
 def _sizes(recipe: Recipe, gpus: int) -> Iterator[tuple[int, int, int]]:
@@ -208,25 +195,100 @@ def _chunks_divide(layers: int, pp: int, first: int | None, virtual: int) -> boo
     return own % virtual == 0 and rest % virtual == 0
 
 
-def _try(
-    recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload, values: dict[str, Any]
-) -> _Candidate | tuple[float, str]:
-    """Return a layout that fits, or how far from possible it is (bytes missing) and why."""
-    candidate = with_parallel(recipe, **values)
-    try:
-        check_recipe(candidate, gpus)
-    except RecipeError as error:
-        return float("inf"), str(error).splitlines()[0]
-    layout = layout_of(candidate, gpus)
-    memory = tuple(stage_memory(candidate, layout, stage, workload) for stage in range(layout.pipeline))
-    fullest = max(range(layout.pipeline), key=lambda stage: memory[stage].total)
-    if not fits(memory[fullest], gpu):
-        need, usable = memory[fullest].total, usable_bytes(gpu)
+class _Trial:
+    """Tries layouts of one recipe, and keeps what it reckoned for the next ones.
+
+    A layout is simulated only if what is quick to reckon leaves it a chance: most have none.
+    """
+
+    def __init__(self, recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> None:
+        self._recipe, self._gpus, self._gpu, self._workload = recipe, gpus, gpu, workload
+        self._known, self._rules = Reckoned(), Rules(gpus)
+        self.tried = 0
+        """Layouts looked at."""
+
+    def fastest(self, layouts: Iterable[dict[str, Any]]) -> list[Plan] | str:
+        """Return the fastest layout of each VPP, or why none works.
+
+        Args:
+            layouts: values of ``parallel``, with the same TP, CP and PP.
+        """
+        reasons: list[tuple[float, str]] = []
+        possible: list[tuple[float, Timer]] = []
+        unfit: list[Timer] = []
+        for values in layouts:
+            self.tried += 1
+            timer = self._timer(values)
+            if not isinstance(timer, Timer):
+                reasons.append((float("inf"), timer))
+            elif any(total > usable_bytes(self._gpu) for total in self._least_totals(timer)):
+                unfit.append(timer)
+            else:
+                possible.append((timer.least(), timer))
+        best: dict[int | None, Plan] = {}
+        # The most promising first: most of the others need no simulation then, nor a look at their memory.
+        for least, timer in sorted(possible, key=lambda pair: pair[0]):
+            virtual = timer.layout.virtual
+            bar = best[virtual].time.step if virtual in best else float("inf")
+            if least >= bar:
+                continue
+            if not all(fits(memory, self._gpu) for memory in self._memory(timer)):
+                unfit.append(timer)
+            elif timer.least_step() < bar * _NEARLY:
+                time = timer.step(whole=False)
+                if time.step < bar * 0.9999:
+                    recipe = with_parallel(self._recipe, **vars(timer.recipe.parallel))
+                    best[virtual] = Plan(recipe, timer.layout, tuple(self._memory(timer)), time)
+        return list(best.values()) or self._reason(reasons, unfit)
+
+    def simulated(self, plan: Plan) -> Plan:
+        """Return a plan with the time of its whole step."""
+        timer = Timer(plan.recipe, plan.layout, self._gpu, self._workload, self._known)
+        return replace(plan, time=timer.step())
+
+    def _timer(self, values: dict[str, Any]) -> Timer | str:
+        """Return what times a layout, or the first rule that it breaks."""
+        recipe = tried(self._recipe, values)
+        try:
+            if lines := self._rules.broken(recipe):
+                raise RecipeError.of(lines)
+        except RecipeError as error:
+            return str(error).splitlines()[0]
+        split = tuple(values[key] for key in _SPLIT)
+        chunks = self._known.once(("chunks", *split), lambda: chunks_of(recipe))
+        return Timer(recipe, layout_of(recipe, self._gpus, chunks), self._gpu, self._workload, self._known)
+
+    def _memory(self, timer: Timer) -> Iterator[StageMemory]:
+        for stage in range(timer.layout.pipeline):
+            yield stage_memory(timer.recipe, timer.layout, stage, self._workload, self._known)
+
+    def _least_totals(self, timer: Timer) -> Iterator[int]:
+        for stage in range(timer.layout.pipeline):
+            yield least_total(timer.recipe, timer.layout, stage, self._known)
+
+    def _reason(self, reasons: list[tuple[float, str]], unfit: list[Timer]) -> str:
+        """Return the reason of the layout that is nearest to possible.
+
+        Args:
+            reasons: of layouts that break a rule.
+            unfit: those that do not fit.
+        """
+        nearest = min(reasons, default=(float("inf"), ""))
+        by_least = sorted(((max(self._least_totals(timer)), timer) for timer in unfit), key=lambda pair: pair[0])
+        for least, timer in by_least:
+            if least - usable_bytes(self._gpu) > nearest[0]:
+                break
+            nearest = min(nearest, self._missing(timer))
+        return nearest[1]
+
+    def _missing(self, timer: Timer) -> tuple[float, str]:
+        """Return how far from possible a layout is that does not fit (bytes missing), and say so."""
+        totals = [memory.total for memory in self._memory(timer)]
+        need, usable, recompute = max(totals), usable_bytes(self._gpu), timer.recipe.parallel.recompute_granularity
         return need - usable, (
-            f"does not fit: stage {fullest} needs {need / GIB:.1f} GiB, and a plan may use {usable / GIB:.1f};"
-            f" that is with recompute {values['recompute_granularity'] or 'none'}, the leanest"
+            f"does not fit: stage {totals.index(need)} needs {need / GIB:.1f} GiB, and a plan may use"
+            f" {usable / GIB:.1f}; that is with recompute {recompute or 'none'}, the leanest"
         )
-    return _Candidate(candidate, layout, memory, Timer(candidate, layout, gpu, workload))
 
 
 def evaluate(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Plan:

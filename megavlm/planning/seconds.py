@@ -44,3 +44,27 @@ class StepTime:
     """That, and what is recomputed."""
     vision: float = 0.0
     """Where all ranks encode: both phases around the pipeline, with what goes from rank to rank."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """Seconds of a step beside those in which micro-batches pass through the pipeline."""
+
+    stages: list[list[Cost]]
+    """Of a micro-batch, in the chunks of each stage."""
+    wired: float
+    """As ``StepTime.data_parallel``."""
+    exposed: float
+    """As ``StepTime.data_parallel_exposed``."""
+    update: float
+    """As ``StepTime.optimizer``."""
+    vision: float
+    """As ``StepTime.vision``."""
+    handing: float
+    """Of these, what goes from rank to rank."""
+    pixels: float
+    """Pixels on their way to the GPU."""
+
+    def with_passes(self, pipeline: float) -> float:
+        """Return the seconds of a step whose passes take so many."""
+        return pipeline + self.vision + self.exposed + self.update + self.pixels

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from megavlm.architectures.cost import Work, attended_squares, cost_of, crossed_work, decoder_cost, layer_kinds
 from megavlm.config.schema import Recipe
+from megavlm.planning.flops import StepFlops, count_step
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.shares import Seen, seen_by_layers, share
+from megavlm.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -71,4 +73,18 @@ def chunk_flops(
         tower=tower.products / tower_ranks + tower.whole,
         tower_attention=tower.attention / tower_ranks,
         connector=(connector.total - connector.whole) / connector_ranks + connector.whole,
+    )
+
+
+def planned_flops(recipe: Recipe, pack: Workload) -> StepFlops:
+    """Return the operations of a step whose packs are all alike."""
+    packs = recipe.training.global_batch_size
+    squares, positions = round(packs * pack.squared_lengths), packs * pack.tokens
+    return count_step(
+        recipe,
+        tokens=positions,
+        squared_lengths=squares,
+        positions=positions,
+        squared_positions=squares,
+        images=round(packs * pack.views) if pack.pictures is None else pack.pictures.times(packs),
     )

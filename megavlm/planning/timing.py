@@ -9,6 +9,7 @@ it against published runs.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 from megavlm.architectures.cost import (
@@ -16,7 +17,6 @@ from megavlm.architectures.cost import (
     Kernels,
     LayerPassage,
     Passage,
-    Pictures,
     adapter_products,
     cost_of,
     decoder_cost,
@@ -27,14 +27,15 @@ from megavlm.config.schema import LanguageConfig, Recipe
 from megavlm.planning.activations import carried_streams, kernels_of, weights_learn
 from megavlm.planning.apart import alone, feature_bytes, share_of_step
 from megavlm.planning.experts import dispatch_seconds, kinds_of
-from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
 from megavlm.planning.parameters import NF4_BYTES, apart_elements, learning_elements, replicated_elements
-from megavlm.planning.schedule import Timeline, simulate
-from megavlm.planning.seconds import Cost, StepTime
+from megavlm.planning.passes import least_passes, passes, timeline
+from megavlm.planning.reckoned import Reckoned, shards, splits
+from megavlm.planning.schedule import Timeline
+from megavlm.planning.seconds import Around, Cost, StepTime
 from megavlm.planning.shares import gathered_features, share
-from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
+from megavlm.planning.stage_flops import ChunkFlops, chunk_flops, planned_flops
 from megavlm.planning.workload import Workload
 
 _LAUNCHES = 20
@@ -62,14 +63,18 @@ class Timer:
         layout: where it runs.
         gpu: on what.
         workload: an average pack.
+        known: what other layouts of a search have in common with this one.
     """
 
-    def __init__(self, recipe: Recipe, layout: Layout, gpu: Gpu, workload: Workload) -> None:
-        self.recipe, self.layout, self.gpu = recipe, layout, gpu
+    def __init__(
+        self, recipe: Recipe, layout: Layout, gpu: Gpu, workload: Workload, known: Reckoned | None = None
+    ) -> None:
+        self.recipe, self.layout, self.gpu, self.known = recipe, layout, gpu, known or Reckoned()
         self.pack, self.workload = workload, workload.of_rank(layout.context)  # all of it, and what a rank has of it
         self.kernels: Kernels = kernels_of(recipe)
         # fp32 runs as TF32 on the tensor cores, at half the rate of bf16.
         self.peak = gpu.bf16_flops if self.kernels.number_bytes == 2 else gpu.bf16_flops / 2
+        self._alike = shards(layout), layout.experts, recipe.parallel.recompute_granularity
 
     def _flops(self, chunk: Chunk) -> ChunkFlops:
         load = self.workload
@@ -280,20 +285,26 @@ class Timer:
 
     def chunk(self, chunk: Chunk) -> Cost:
         """Return the cost of one micro-batch through a chunk."""
+        place = self.known.layers(self.recipe, chunk), chunk.first, chunk.last, chunk.encodes
+        return self.known.once(("chunk", *self._alike, *place), lambda: self._chunk(chunk))
+
+    def _chunk(self, chunk: Chunk) -> Cost:
         parts = []
         for kind, count in kinds_of(self.recipe, chunk):
-            layer = self.layer(kind)
+            layer = self.known.once(("layer", *self._alike, id(kind)), functools.partial(self.layer, kind))
             parts.append(Cost(*(count * value for value in (layer.forward, layer.backward, layer.tensor_parallel))))
         if chunk.encodes:
-            parts.append(self.vision())
+            parts.append(self.known.once(("vision", *self._alike), self.vision))
         elif chunk.first:  # the embedding's sum
             moved = self.workload.tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
             wires = self._tensor_parallel(moved, 2)
             parts.append(Cost(wires, 0.0, wires))
         if chunk.last:
-            parts.append(self.output())
+            parts.append(self.known.once(("output", *self._alike), self.output))
         # A weight's gradient is written, read, and added to the fp32 sum.
-        learning = sum(learning_elements(self.recipe, self.layout, chunk, spread=one) for one in (False, True))
+        learning = sum(
+            learning_elements(self.recipe, self.layout, chunk, self.known, spread=one) for one in (False, True)
+        )
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         return Cost(
             sum(part.forward for part in parts),
@@ -303,12 +314,17 @@ class Timer:
 
     def costs(self) -> list[Cost]:
         """Return the cost of one micro-batch through each chunk, in the model's order."""
-        alike = [
-            (tuple((id(kind), count) for kind, count in kinds_of(self.recipe, chunk)), chunk.first, chunk.last)
-            for chunk in self.layout.chunks
-        ]
-        known = {key: self.chunk(chunk) for key, chunk in dict(zip(alike, self.layout.chunks, strict=True)).items()}
-        return [known[key] for key in alike]
+
+        def alike() -> list[int]:
+            kinds = [tuple((id(kind), count) for kind, count in kinds_of(self.recipe, chunk)) for chunk in chunks]
+            keys = [(own, chunk.first, chunk.last) for own, chunk in zip(kinds, chunks, strict=True)]
+            one_of = {key: number for number, key in enumerate(keys)}
+            return [one_of[key] for key in keys]
+
+        chunks = self.layout.chunks
+        numbers = self.known.once(("alike", *splits(self.layout)), alike)
+        found = {number: self.chunk(chunks[number]) for number in set(numbers)}
+        return [found[number] for number in numbers]
 
     def least(self) -> float:
         """Return a time that no step of this layout stays below: the work of its slowest stage."""
@@ -317,18 +333,27 @@ class Timer:
         passes = self.layout.microbatches * max(sum(costs[stage::pipeline]) for stage in range(pipeline))
         return passes + (sum(self.phases()) if self.layout.apart else 0.0)
 
+    def least_step(self) -> float:
+        """Return a time that no step of this layout stays below, but for rounding: :meth:`least` and what is around."""
+        costs = self.costs()
+        return self._around(costs).with_passes(least_passes(self.layout, costs, self.p2p()))
+
     def phases(self) -> tuple[float, float, float]:
         """Return the seconds of encoding a step's pictures on all ranks, of going backward, and of handing over.
 
         Of the rank that has most of them; the hand-over is of features, and of their gradients where there are some.
         """
+        key = "phases", shards(self.layout), self.layout.pipeline, self.layout.microbatches
+        return self.known.once(key, self._phases)
+
+    def _phases(self) -> tuple[float, float, float]:
         own = share_of_step(self.layout, self.workload.views)
         timer = Timer(self.recipe, alone(self.layout), self.gpu, self.workload.of_views(own))
         cost, modules = timer.vision(), self.recipe.modules
         forward, wide = cost.forward, self.recipe.model.language.hidden_size * self.kernels.number_bytes
         if self.layout.together:  # which is the first stage's, and not the tower's
             forward -= self._tensor_parallel(self.workload.tokens * wide, 2)
-        _, learning, _ = apart_elements(self.recipe, self.layout)
+        _, learning, _ = apart_elements(self.recipe, self.layout, self.known)
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         features = feature_bytes(self.recipe, self.layout, self.workload.views)
         # Each rank of the first stage gets all features; it gives back the gradients of its part of the ranks.
@@ -342,7 +367,7 @@ class Timer:
 
     def apart(self) -> tuple[float, float]:
         """Return the seconds of reducing and gathering a tower that all ranks hold, unhidden, and of updating it."""
-        _, learning, _ = apart_elements(self.recipe, self.layout)
+        _, learning, _ = apart_elements(self.recipe, self.layout, self.known)
         if not learning:
             return 0.0, 0.0
         gpus = self.layout.gpus
@@ -386,7 +411,8 @@ class Timer:
 
     def replicas(self) -> float:
         """Return the seconds in which tensor-parallel ranks add up the gradients of what each holds whole."""
-        learning = replicated_elements(self.recipe, self.layout)
+        key = "replicated", self.layout.tensor
+        learning = self.known.once(key, lambda: replicated_elements(self.recipe, self.layout))
         if not learning:
             return 0.0
         shard = learning / (self.layout.shards if self.recipe.parallel.use_distributed_optimizer else 1)
@@ -394,7 +420,7 @@ class Timer:
 
     def _learning(self, stage: int, *, spread: bool = False) -> int:
         chunks = self.layout.chunks_of(stage)
-        return sum(learning_elements(self.recipe, self.layout, chunk, spread=spread) for chunk in chunks)
+        return sum(learning_elements(self.recipe, self.layout, chunk, self.known, spread=spread) for chunk in chunks)
 
     def optimizer(self, stage: int) -> float:
         """Return the seconds of zeroing, norm, clipping and AdamW on a stage's ranks."""
@@ -409,26 +435,37 @@ class Timer:
 
     def timeline(self, costs: list[Cost], microbatches: int) -> Timeline:
         """Simulate a step of equal micro-batches."""
-        layout, message = self.layout, self.p2p()
-        forward, backward = [cost.forward for cost in costs], [cost.backward for cost in costs]
-        if layout.virtual is None:
-            # A rank waits while it sends; interleaved, messages go beside the work and only delay the next rank's.
-            forward = [seconds + message for seconds in forward[:-1]] + forward[-1:]
-            backward = backward[:1] + [seconds + message for seconds in backward[1:]]
-            message = 0.0
-        return simulate(
-            [forward] * microbatches,
-            [backward] * microbatches,
-            pipeline=layout.pipeline,
-            virtual=layout.virtual,
-            p2p_seconds=message,
-        )
+        return timeline(self.layout, costs, microbatches, self.p2p())
 
     def step(self, *, whole: bool = True) -> StepTime:
         """Return the time of a step; not ``whole`` simulates its beginning alone and goes on at that pace."""
+        layout, costs, granularity = self.layout, self.costs(), self.recipe.parallel.recompute_granularity
+        pipeline, bubble = passes(layout, costs, self.p2p(), whole=whole)
+        around = self._around(costs)
+        if layout.apart:
+            bubble = (bubble * pipeline + around.handing) / (pipeline + around.vision)
+        step = around.with_passes(pipeline)
+        flops = self.known.once(("flops", granularity), lambda: planned_flops(self.recipe, self.pack))
+        at_peak = step * self.peak * layout.gpus
+        return StepTime(
+            step=step,
+            pipeline=pipeline,
+            bubble=bubble,
+            stage_seconds=tuple(sum(c.forward + c.backward for c in own) for own in around.stages),
+            tensor_parallel=layout.microbatches * max(sum(c.tensor_parallel for c in own) for own in around.stages),
+            p2p=self.p2p(),
+            data_parallel=around.wired,
+            data_parallel_exposed=around.exposed,
+            optimizer=around.update,
+            mfu=flops.useful / at_peak,
+            mfu_conventional=flops.conventional / at_peak,
+            hfu=flops.hardware / at_peak,
+            vision=around.vision,
+        )
+
+    def _around(self, costs: list[Cost]) -> Around:
+        """Return what a step takes beside the passes of the pipeline."""
         layout, parallel = self.layout, self.recipe.parallel
-        costs = self.costs()
-        pipeline, bubble = self._pipeline(costs, whole=whole)
         stages = [[costs[chunk.index] for chunk in layout.chunks_of(stage)] for stage in range(layout.pipeline)]
         exposed, wired = 0.0, 0.0
         for stage, own in enumerate(stages):
@@ -438,56 +475,11 @@ class Timer:
             left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
             exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0) + (self.replicas() if stage == 0 else 0.0))
         update = max(self.optimizer(stage) for stage in range(layout.pipeline))
-        vision = 0.0
+        vision = handing = 0.0
         if layout.apart:
             encode, backward, handing = self.phases()
             vision = encode + backward + handing
-            bubble = (bubble * pipeline + handing) / (pipeline + vision)
             tower, more = self.apart()
             wired, exposed, update = wired + tower, exposed + tower, update + more
         pixels = layout.microbatches * self.pack.views * self.recipe.model.vision.pixel_bytes
-        step = pipeline + vision + exposed + update + pixels / _HOST_TO_DEVICE
-        packs = self.recipe.training.global_batch_size
-        squares, positions = round(packs * self.pack.squared_lengths), packs * self.pack.tokens
-        flops = count_step(
-            self.recipe,
-            tokens=positions,
-            squared_lengths=squares,
-            positions=positions,
-            squared_positions=squares,
-            images=self._seen(packs),
-        )
-        at_peak = step * self.peak * layout.gpus
-        return StepTime(
-            step=step,
-            pipeline=pipeline,
-            bubble=bubble,
-            stage_seconds=tuple(sum(c.forward + c.backward for c in own) for own in stages),
-            tensor_parallel=layout.microbatches * max(sum(c.tensor_parallel for c in own) for own in stages),
-            p2p=self.p2p(),
-            data_parallel=wired,
-            data_parallel_exposed=exposed,
-            optimizer=update,
-            mfu=flops.useful / at_peak,
-            mfu_conventional=flops.conventional / at_peak,
-            hfu=flops.hardware / at_peak,
-            vision=vision,
-        )
-
-    def _seen(self, packs: int) -> float | Pictures:
-        """Return what the tower sees of so many packs."""
-        load = self.pack
-        return round(packs * load.views) if load.pictures is None else load.pictures.times(packs)
-
-    def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:
-        """Return seconds and bubble of the passes."""
-        stages, count = self.layout.pipeline, self.layout.microbatches
-        short, long = 3 * stages, 4 * stages
-        if whole or count <= long:
-            line = self.timeline(costs, count)
-            return line.total, line.bubble
-        few, more = self.timeline(costs, short), self.timeline(costs, long)
-        # What the simulation's beginning adds for a micro-batch, and never less than the busiest stage works on one.
-        pace = max((more.total - few.total) / (long - short), max(more.busy) / long)
-        total = more.total + pace * (count - long)
-        return total, 1 - sum(more.busy) * count / long / (stages * total)
+        return Around(stages, wired, exposed, update, vision, handing, pixels / _HOST_TO_DEVICE)
