@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.config.schema import EngineConfig, LoraConfig, ParallelConfig
-from megavlm.parallel.device import has_kernels
+from megavlm.parallel.device import frees_sent_outputs, has_kernels
 from megavlm.parallel.engine import Machine, Part, settings, this_machine
 
 
@@ -69,6 +69,35 @@ class BuildContext:
                 bf16=self.dtype is torch.bfloat16,
             ),
         }
+
+    def language_config(self, **own: Any) -> TransformerConfig:
+        """Return the configuration of a language model, which also steers the pipeline schedule and recomputation.
+
+        Args:
+            own: what its architecture says: sizes, norms, activation, and what it turns off of the engine's kernels.
+        """
+        parallel = self.parallel
+        virtual, full = parallel.virtual_pipeline_model_parallel_size, parallel.recompute_granularity == "full"
+        return TransformerConfig(
+            **{
+                **self.transformer_settings("language"),
+                "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+                "virtual_pipeline_model_parallel_size": virtual,
+                "context_parallel_size": parallel.context_parallel_size,
+                "cp_comm_type": parallel.cp_comm_type if parallel.context_parallel_size > 1 else None,
+                "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+                "sequence_parallel": parallel.sequence_parallel,
+                "pipeline_dtype": self.dtype,
+                # Outputs freed early, and batched sends, train wrongly over gloo (facts: Megatron on CPU, trap 4).
+                "deallocate_pipeline_outputs": frees_sent_outputs(),
+                "overlap_p2p_comm": virtual is not None,
+                "batch_p2p_comm": virtual is None,
+                "recompute_granularity": parallel.recompute_granularity,
+                "recompute_method": "uniform" if full else None,
+                "recompute_num_layers": (parallel.recompute_num_layers or 1) if full else None,
+                **own,
+            }
+        )
 
     def headless_config(self, part: Part, hidden_size: int, init_method_std: float, **own: Any) -> TransformerConfig:
         """Return the configuration of a part without attention heads: linear layers, norms, convolutions.

@@ -33,17 +33,14 @@ from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
 from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
 from megavlm.layers.scale import NormedSum
 from megavlm.layers.specs import LayerKind, block_submodules, cross_modules, layer_modules
-from megavlm.parallel.device import frees_sent_outputs, has_kernels
+from megavlm.parallel.device import has_kernels
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
 
 
 def transformer_config(language: DecoderConfig, context: BuildContext) -> TransformerConfig:
     """Return the TransformerConfig of the language model, which also steers the pipeline schedule."""
-    parallel = context.parallel
-    virtual = parallel.virtual_pipeline_model_parallel_size
-    full = parallel.recompute_granularity == "full"
-    shared = context.transformer_settings("language")
+    parallel, off = context.parallel, dict[str, Any]()
     swiglu = language.gated_linear_unit and language.activation == "silu"
     if not swiglu:
         if context.engine.bias_activation_fusion == "on":
@@ -51,17 +48,15 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
                 "engine.bias_activation_fusion: on is for gated SiLU, and model.language.activation is"
                 f" {language.activation}{'' if language.gated_linear_unit else ' without a gate'}; set it to auto"
             )
-        shared["bias_activation_fusion"] = (
-            False  # Megatron-Core's fused GELU is the tanh form under the exact one's name
-        )
+        off["bias_activation_fusion"] = False  # Megatron-Core's fused GELU is the tanh form under the exact one's name
     if language.use_parallel_residual and context.engine.cuda_graph_impl != "none":
         raise UserError(
             "engine.cuda_graph_impl: a graph of the MLP is for layers where it stands behind attention, and"
             " model.language.use_parallel_residual has it beside; set it to none"
         )
     if not language.fused_rotary or parallel.context_parallel_size > 1:  # whose angles are of this rank's positions
-        shared["apply_rope_fusion"] = False
-    return TransformerConfig(
+        off["apply_rope_fusion"] = False
+    config = context.language_config(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.ffn_hidden_size,
@@ -82,25 +77,12 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         softmax_scale=None if language.query_pre_attn_scalar is None else language.query_pre_attn_scalar**-0.5,
         rotary_interleaved=language.rotary_interleaved,
         init_method_std=language.init_method_std,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual,
-        context_parallel_size=parallel.context_parallel_size,
-        cp_comm_type=parallel.cp_comm_type if parallel.context_parallel_size > 1 else None,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_dtype=context.dtype,
-        # Over gloo, outputs that were freed early and batched sends train wrongly (facts: Megatron on CPU, trap 4).
-        deallocate_pipeline_outputs=frees_sent_outputs(),
-        overlap_p2p_comm=virtual is not None,
-        batch_p2p_comm=virtual is None,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
-        # Megatron's name for "the activation that the layer spec brings", which is ours: layers/activation.py.
-        use_te_activation_func=swiglu and not has_kernels() and not shared["bias_activation_fusion"],
         **_expert_settings(language, parallel),
-        **shared,
+        **off,
     )
+    # Megatron's name for "the activation that the layer spec brings", which is ours: layers/activation.py.
+    config.use_te_activation_func = swiglu and not has_kernels() and not config.bias_activation_fusion
+    return config
 
 
 def _expert_settings(language: DecoderConfig, parallel: ParallelConfig) -> dict[str, Any]:

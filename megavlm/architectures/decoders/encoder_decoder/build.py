@@ -21,10 +21,8 @@ from megavlm.parallel.device import has_kernels
 
 def transformer_config(language: EncoderDecoderConfig, context: BuildContext) -> TransformerConfig:
     """Return the TransformerConfig of both stacks, which also steers the schedule."""
-    parallel, silu = context.parallel, language.activation == "silu"
-    full = parallel.recompute_granularity == "full"
-    shared = {**context.transformer_settings("language"), "apply_rope_fusion": False, "bias_activation_fusion": False}
-    return TransformerConfig(
+    silu = language.activation == "silu"
+    return context.language_config(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.ffn_hidden_size,
@@ -38,13 +36,9 @@ def transformer_config(language: EncoderDecoderConfig, context: BuildContext) ->
         activation_func=F.silu if silu else gelu_tanh,
         add_bias_linear=False,
         init_method_std=language.init_method_std,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_dtype=context.dtype,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
+        apply_rope_fusion=False,
+        bias_activation_fusion=False,
         use_te_activation_func=silu and not has_kernels(),
-        **shared,
     )
 
 

@@ -11,38 +11,23 @@ from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.build import mask_padding, padded_vocab_size
 from megavlm.architectures.decoders.mamba.config import MambaConfig
 from megavlm.layers.specs import block_submodules, mamba_modules
-from megavlm.parallel.device import frees_sent_outputs
 
 
 def transformer_config(language: MambaConfig, context: BuildContext) -> TransformerConfig:
     """Return the TransformerConfig of the language model, which also steers the pipeline schedule."""
-    parallel = context.parallel
-    virtual, full = parallel.virtual_pipeline_model_parallel_size, parallel.recompute_granularity == "full"
-    shared = {**context.transformer_settings("language"), "apply_rope_fusion": False, "bias_activation_fusion": False}
-    return TransformerConfig(
+    return context.language_config(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         # There are no heads and no MLP, but Megatron-Core's class asks for them.
-        num_attention_heads=parallel.tensor_model_parallel_size,
+        num_attention_heads=context.parallel.tensor_model_parallel_size,
         kv_channels=1,
         ffn_hidden_size=language.intermediate_size,
         normalization="RMSNorm",
         layernorm_epsilon=language.norm_epsilon,
         add_bias_linear=False,
         init_method_std=language.init_method_std,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_dtype=context.dtype,
-        # Over gloo, outputs that were freed early and batched sends train wrongly (facts: Megatron on CPU, trap 4).
-        deallocate_pipeline_outputs=frees_sent_outputs(),
-        overlap_p2p_comm=virtual is not None,
-        batch_p2p_comm=virtual is None,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
-        **shared,
+        apply_rope_fusion=False,
+        bias_activation_fusion=False,
     )
 
 
