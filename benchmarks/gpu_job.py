@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gpu_families import family_batches, scan, size_of
+from gpu_families import family_batches, size_of
+from gpu_scan import scan
 
 from megavlm.config.errors import RecipeError
 
