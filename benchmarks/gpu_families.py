@@ -128,6 +128,52 @@ SLICES: dict[str, Slice] = {
         },
         layer_gib=0.8, base_gib=14.0, most=8,
     ),
+    "features": Slice(
+        "CogAgent slice (attention to features beside text)",
+        {"preset": "cogagent_chat", "language": {}},
+        {
+            "preset": "tiny",
+            "vision": {
+                **_FIXED, "preset": "eva02_pair", "high_image_size": 64, "high_patch_size": 8, "high_hidden_size": 24,
+                "high_num_layers": 1, "high_num_attention_heads": 2, "high_ffn_hidden_size": 48,
+                "high_positional_grid": 8, "high_to": "layers",
+            },
+            "connector": {"preset": "glu", "ffn_hidden_size": 96},
+            "language": {
+                **_TEXT, "preset": "llama", "visual_expert": True, "image_positions": "shared", "cross_hidden_size": 24,
+                "cross_compute_hidden_size": 32,
+            },
+            "image": {"kind": "squash_pair"},
+        },
+        layer_gib=7.3, base_gib=30.0, most=4,
+    ),
+    "codes": Slice(
+        "Chameleon-7B slice (pictures as tokens)",
+        {"preset": "chameleon_7b", "language": {}},
+        {
+            "preset": None,
+            "vision": {
+                "preset": "chameleon_vq_gan", "image_size": 8, "base_width": 32, "width_multipliers": [1, 1, 2],
+                "blocks_per_level": 1, "latent_width": 16, "code_width": 24, "num_codes": 40,
+            },
+            "connector": {"preset": "codes"},
+            "language": {**_TEXT, "preset": "chameleon_7b", "image_tokens": [120, 160]},
+            "image": {"kind": "squash"},
+        },
+        layer_gib=3.8, base_gib=20.0, most=4, words=(200, 600),
+    ),
+    "encoder and decoder": Slice(
+        "PaLI-3 slice (encoder, decoder, biases by distance)",
+        {"preset": "pali3_5b", "language": {}},
+        {
+            "preset": "tiny", "vision": _FIXED, "connector": {"preset": "linear"},
+            "language": {
+                "preset": "tiny_t5", "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4,
+                "kv_channels": 16, "vocab_size": 512,
+            },
+        },
+        layer_gib=2.1, base_gib=16.0, most=8,
+    ),
 }  # fmt: skip
 
 
@@ -155,6 +201,7 @@ def family_batches(recipe: Recipe, job: dict[str, Any], image_token: int, *, ste
     own, spans = positions_of(recipe.model, image_token), spans_of(recipe.model, image_token)
     rng, words = np.random.default_rng(seed), (24, 48) if job.get("small") else SLICES[job["slice"]].words
     sizes = SLICES[job["slice"]].pictures
+    first_code, codes = getattr(recipe.model.language, "picture_tokens", None) or (0, 0)
     if job.get("small"):
         sizes = tuple((width // 14, height // 14) for width, height in sizes)
 
@@ -165,7 +212,9 @@ def family_batches(recipe: Recipe, job: dict[str, Any], image_token: int, *, ste
             text = int(rng.integers(*words))
             if layout.tokens + text > left:
                 break
-            tokens = np.concatenate([np.full(layout.tokens, image_token), rng.integers(0, image_token // 2, text)])
+            written = rng.integers(0, image_token // 2, text)
+            written[(written >= first_code) & (written < codes)] = 0  # pictures alone are written with these
+            tokens = np.concatenate([np.full(layout.tokens, image_token), written])
             labels = np.where(np.arange(len(tokens)) < layout.tokens + text // 3, IGNORE_INDEX, tokens)
             encoded = EncodedSample(tokens.astype(np.int64), labels.astype(np.int64), 1)
             rows = plan.pixels_of(layout)[0]

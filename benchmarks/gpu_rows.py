@@ -17,8 +17,9 @@ def _speed(result: dict[str, Any]) -> str:
         f"step {result['step_ms']:.1f} ms",
         f"{result['tokens_per_s']:,.0f} tokens/s",
         f"{result['images_per_s']:,.1f} images/s",
-        f"{result['model_tflops']:.1f} model TFLOP/s",
     ]
+    if result["model_tflops"] is not None:
+        parts.append(f"{result['model_tflops']:.1f} model TFLOP/s")
     if result["mfu"] is not None:
         parts.append(f"MFU {result['mfu']:.1%} of the bf16 peak")
     if result["mfu_fp8_peak"] is not None:
@@ -94,7 +95,9 @@ def _scan(outcome: Outcome) -> Row:
             what = max(r[way], key=lambda name, found=r[way]: (found[name] != found[name], found[name]))  # NaN is worst
             told.append(f"{called} {r[f'{way}_ms']:.1f} ms, off by {r[way][what]:.1e} ({what})")
     good = all(value <= ATTENTION_LIMIT for way in ("torch", "kernel") for value in r.get(way, {}).values())
-    words = "; ".join(told) + f": the largest difference from the definition in fp32, of outputs and {len(r['torch']) - 1}"
+    words = (
+        "; ".join(told) + f": the largest difference from the definition in fp32, of outputs and {len(r['torch']) - 1}"
+    )
     words += f" gradients, a pack of three segments (limit {ATTENTION_LIMIT})"
     if "kernel" not in r:
         words += "; mamba-ssm and causal-conv1d are not installed"
