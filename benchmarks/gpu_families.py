@@ -128,6 +128,52 @@ SLICES: dict[str, Slice] = {
         },
         layer_gib=0.8, base_gib=14.0, most=8,
     ),
+    "features": Slice(
+        "CogAgent slice (attention to features beside text)",
+        {"preset": "cogagent_chat", "language": {}},
+        {
+            "preset": "tiny",
+            "vision": {
+                **_FIXED, "preset": "eva02_pair", "high_image_size": 64, "high_patch_size": 8, "high_hidden_size": 24,
+                "high_num_layers": 1, "high_num_attention_heads": 2, "high_ffn_hidden_size": 48,
+                "high_positional_grid": 8, "high_to": "layers",
+            },
+            "connector": {"preset": "glu", "ffn_hidden_size": 96},
+            "language": {
+                **_TEXT, "preset": "llama", "visual_expert": True, "image_positions": "shared", "cross_hidden_size": 24,
+                "cross_compute_hidden_size": 32,
+            },
+            "image": {"kind": "squash_pair"},
+        },
+        layer_gib=7.3, base_gib=30.0, most=4,
+    ),
+    "codes": Slice(
+        "Chameleon-7B slice (pictures as tokens)",
+        {"preset": "chameleon_7b", "language": {}},
+        {
+            "preset": None,
+            "vision": {
+                "preset": "chameleon_vq_gan", "image_size": 8, "base_width": 32, "width_multipliers": [1, 1, 2],
+                "blocks_per_level": 1, "latent_width": 16, "code_width": 24, "num_codes": 40,
+            },
+            "connector": {"preset": "codes"},
+            "language": {**_TEXT, "preset": "chameleon_7b", "image_tokens": [120, 160]},
+            "image": {"kind": "squash"},
+        },
+        layer_gib=3.8, base_gib=20.0, most=4, words=(200, 600),
+    ),
+    "encoder and decoder": Slice(
+        "PaLI-3 slice (encoder, decoder, biases by distance)",
+        {"preset": "pali3_5b", "language": {}},
+        {
+            "preset": "tiny", "vision": _FIXED, "connector": {"preset": "linear"},
+            "language": {
+                "preset": "tiny_t5", "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4,
+                "kv_channels": 16, "vocab_size": 512,
+            },
+        },
+        layer_gib=2.1, base_gib=16.0, most=8,
+    ),
 }  # fmt: skip
 
 
@@ -155,6 +201,7 @@ def family_batches(recipe: Recipe, job: dict[str, Any], image_token: int, *, ste
     own, spans = positions_of(recipe.model, image_token), spans_of(recipe.model, image_token)
     rng, words = np.random.default_rng(seed), (24, 48) if job.get("small") else SLICES[job["slice"]].words
     sizes = SLICES[job["slice"]].pictures
+    first_code, codes = getattr(recipe.model.language, "picture_tokens", None) or (0, 0)
     if job.get("small"):
         sizes = tuple((width // 14, height // 14) for width, height in sizes)
 
@@ -165,7 +212,9 @@ def family_batches(recipe: Recipe, job: dict[str, Any], image_token: int, *, ste
             text = int(rng.integers(*words))
             if layout.tokens + text > left:
                 break
-            tokens = np.concatenate([np.full(layout.tokens, image_token), rng.integers(0, image_token // 2, text)])
+            written = rng.integers(0, image_token // 2, text)
+            written[(written >= first_code) & (written < codes)] = 0  # pictures alone are written with these
+            tokens = np.concatenate([np.full(layout.tokens, image_token), written])
             labels = np.where(np.arange(len(tokens)) < layout.tokens + text // 3, IGNORE_INDEX, tokens)
             encoded = EncodedSample(tokens.astype(np.int64), labels.astype(np.int64), 1)
             rows = plan.pixels_of(layout)[0]
@@ -182,60 +231,4 @@ def family_batches(recipe: Recipe, job: dict[str, Any], image_token: int, *, ste
         made = [pack(number) for number in range(recipe.training.global_batch_size)]
         length = context_length(one.cu_seqlens for one, _, _ in made)
         found.append([make_batch(one, shown, local_device(), how, length=length) for one, shown, how in made])
-    return found
-
-
-def scan(job: dict[str, Any]) -> dict[str, Any]:
-    """Time Mamba's convolution and scan of a pack, forward and backward; by its own kernels too, where these are."""
-    import time
-
-    from megavlm.parallel.device import has_cuda, local_device, prepare_device, synchronize
-
-    prepare_device()
-    import torch
-
-    from megavlm.layers.selective_scan import Scan, causal_convolution, kernel_convolution, kernel_scan, kernels
-
-    positions, channels, numbers, taps = (96, 32, 4, 4) if job.get("small") else (2048, 5120, 16, 4)
-    device, draw = local_device(), torch.Generator().manual_seed(1)
-
-    def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-        return torch.randn(*shape, generator=draw).to(device, dtype)
-
-    lengths = [positions]
-    x, gate, step = (values(positions, channels) for _ in range(3))
-    into, out = (values(positions, numbers) for _ in range(2))
-    weight, bias = values(channels, taps) * 0.5, values(channels)
-    how = Scan(
-        torch.rand(channels, numbers, generator=draw).to(device), values(channels, dtype=torch.float32),
-        values(channels, dtype=torch.float32) - 4,
-    )  # fmt: skip
-    place = torch.arange(positions, device=device)
-
-    def plain(x: Any) -> Any:
-        seen = causal_convolution(x, weight, bias, place)
-        return how.of(seen, step, into, out, gate, place == 0)[0]
-
-    def own(x: Any) -> Any:
-        return kernel_scan(how, kernel_convolution(x, weight, bias, lengths), step, into, out, gate)[0]
-
-    def timed(work: Any) -> tuple[float, Any, Any]:
-        seconds = []
-        for _ in range(2 if job.get("small") else 6):
-            given = x.clone().requires_grad_()
-            synchronize()
-            start = time.perf_counter()
-            made = work(given)
-            made.float().square().mean().backward()
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds[1:])), made.detach().float(), given.grad.float()
-
-    plain_s, made, gradient = timed(plain)
-    found: dict[str, Any] = {"device": "cuda" if has_cuda() else "cpu", "torch_ms": 1e3 * plain_s}
-    if kernels() is not None:
-        kernel_s, theirs, their_gradient = timed(own)
-        found["kernel_ms"] = 1e3 * kernel_s
-        found["output"] = float((made - theirs).abs().max() / made.abs().max())
-        found["gradient"] = float((gradient - their_gradient).abs().max() / gradient.abs().max())
     return found

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gpu_families import family_batches, scan, size_of
+from gpu_families import family_batches, size_of
+from gpu_scan import scan
 
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
     from megavlm.config.schema import Recipe
@@ -78,7 +79,8 @@ def make_recipe(job: dict[str, Any]) -> Recipe:
         "parallel": {"transformer_impl": job["impl"], **job.get("parallel", {})},
         "engine": job.get("engine", {}),
         "modules": {"vision": {"freeze": job.get("freeze_vision", False)}},
-        "data": {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": size["sequence_length"]},
+        "data": {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": size["sequence_length"]}
+        | {"balance_images": False},  # no feed orders these packs
         "optimizer": {"lr": 1e-4, "weight_decay": 0.1, "schedule": "constant"},
         "training": {"train_steps": 1000, "global_batch_size": size["packs"], "precision": job["precision"]},
     }
@@ -358,12 +360,15 @@ def _own_sizes(packs: list[Any], steps: int) -> dict[str, Any]:
 
 
 def _use(recipe: Recipe, counts: dict[str, Any], step: float) -> dict[str, float | None]:
-    """Return FLOP/s of the model, as a share of the device's peaks where these are known."""
+    """Return FLOP/s of the model, as a share of the device's peaks where these are known; None without figures."""
     from megavlm.parallel.device import peak_flops
     from megavlm.planning.flops import step_flops
 
     pictures = counts.get("pictures", round(counts["images"]))
-    rate = step_flops(recipe, round(counts["tokens"]), round(counts["squares"]), pictures) / step
+    try:
+        rate = step_flops(recipe, round(counts["tokens"]), round(counts["squares"]), pictures) / step
+    except UserError:  # of an architecture without
+        return {"model_tflops": None, "mfu": None, "mfu_fp8_peak": None}
     bf16, fp8 = peak_flops("bf16"), peak_flops("fp8")
     return {
         "model_tflops": rate / 1e12,
@@ -394,7 +399,7 @@ def predicted(recipe: Recipe, counts: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"predicted_gib": None, "predicted_step_ms": None}
     try:
         (memory,) = predict(recipe, 1, **load)  # type: ignore[arg-type]
-    except RecipeError as error:  # what was measured is told all the same
+    except UserError as error:  # what was measured is told all the same
         return {**result, "unpredicted": str(error).splitlines()[0]}
     result["predicted_gib"] = memory.tensors / 2**30
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -50,6 +50,7 @@ def test_dry_run_runs_every_row_that_needs_no_gpu(tmp_path: Path) -> None:
     for mix in ("unseen packs", "picture-heavy", "text-heavy"):
         assert [name for name, value in status.items() if name.endswith(mix) and value == "ok"]
     families = ("Qwen2.5-VL-7B", "Qwen3-VL-30B-A3B", "Llama-3.2-Vision-11B", "CogVLM", "PaliGemma-3B", "Cobra-3B")
+    families += ("CogAgent", "Chameleon-7B", "PaLI-3")
     for family in families:
         rows_of = {name: value for name, value in status.items() if name.startswith(f"{family} slice")}
         assert len(rows_of) == 2 and set(rows_of.values()) == {"ok"}, rows_of
