@@ -96,8 +96,10 @@ class NormedSum(torch.nn.Module):
     def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
         x, bias = x_with_bias
         assert not dropout, "a normalised branch is not built for dropout"
-        # Megatron-Core calls this with gradients on, whoever switched them off outside: answers need no graph.
+        # Megatron-Core calls this with gradients on, whoever switched them off outside: answers need no graph, also
+        # behind a stage, whose output Megatron-Core receives as a tensor that requires gradients.
         learns = self.training or x.requires_grad or residual.requires_grad
+        learns = learns and not torch.is_inference_mode_enabled()
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return torch.add(residual, self.norm(x if bias is None else x + bias), alpha=self.multiplier)
 

@@ -7,21 +7,29 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.layers.norm import TorchNorm
+from megavlm.layers.scale import NormedSum
 
 
 def norm(
     kind: str, dtype: torch.dtype = torch.float32, *, sequence_parallel: bool = False, around_1: bool = False
 ) -> TorchNorm:
     """Build a norm of width 64 with random weights."""
-    config = TransformerConfig(
-        num_layers=1, hidden_size=64, num_attention_heads=2, normalization=kind, params_dtype=dtype,
-        tensor_model_parallel_size=2, sequence_parallel=sequence_parallel,
-        layernorm_zero_centered_gamma=around_1,
-    )  # fmt: skip
+    config = config_of(kind, dtype, sequence_parallel=sequence_parallel, around_1=around_1)
     made = TorchNorm(config=config, hidden_size=64, eps=1e-6)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made
+
+
+def config_of(
+    kind: str, dtype: torch.dtype = torch.float32, *, sequence_parallel: bool = False, around_1: bool = False
+) -> TransformerConfig:
+    """Return the settings of a layer of width 64."""
+    return TransformerConfig(
+        num_layers=1, hidden_size=64, num_attention_heads=2, normalization=kind, params_dtype=dtype,
+        tensor_model_parallel_size=2, sequence_parallel=sequence_parallel,
+        layernorm_zero_centered_gamma=around_1, layernorm_epsilon=1e-6,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,3 +89,18 @@ def norm_with_gradients(made: TorchNorm, x: torch.Tensor) -> torch.Tensor:
     """Return what training computes."""
     with torch.enable_grad():
         return made(x).detach()
+
+
+@pytest.mark.parametrize("around_1", [False, True])
+def test_a_normed_branch_of_an_answer_needs_no_graph(around_1: bool) -> None:
+    """What a pipeline stage receives requires gradients, in inference mode too, and layers switch gradients on."""
+    made = norm("RMSNorm", around_1=around_1)
+    branch = NormedSum(TorchNorm, config_of("RMSNorm", around_1=around_1)).eval()
+    branch.norm.load_state_dict(made.state_dict())
+    x = torch.randn(3, 5, 64)
+    with torch.inference_mode():
+        received = torch.ones(3, 5, 64, requires_grad=True)
+        with torch.enable_grad():
+            got = branch(False, False)((x.clone(), None), received, 0.0)
+        assert torch.equal(got, received + made(x))
+    assert not got.requires_grad
