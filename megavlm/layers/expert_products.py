@@ -105,36 +105,52 @@ class _Products(torch.autograd.Function):
         return grad_x_MH, grad_probs_M1, None, *grads
 
 
-def weight_gradient(weight: Any, grad: Tensor, inputs: Tensor) -> Tensor:
-    """Return the gradient of a weight for autograd; where there is a buffer for it, add it there.
-
-    Megatron-Core's DistributedDataParallel knows weights whose gradient is there already
-    (``grad_added_to_main_grad``) and looks at no number of what autograd brings, but that it brings something. Nobody
-    sees more of a gradient than the sum in the buffer.
+def weight_gradient(weight: Any, grad: Tensor, inputs: Tensor) -> Tensor | None:
+    """Return the gradient of a weight for autograd; where there is a buffer for it, add it there and return None.
 
     Args:
         weight: [out, in].
         grad: [T, out] gradient of what the product gave.
         inputs: [T, in].
     """
-    if not _has_buffer(weight):
+    if not has_buffer(weight):
         return grad.t() @ inputs
-    torch.addmm(weight.main_grad, grad.t(), inputs, out=weight.main_grad)
-    weight.grad_added_to_main_grad = True
-    return weight.new_empty(weight.shape)
+    if is_stale(weight):
+        torch.mm(grad.t(), inputs, out=weight.main_grad)
+    else:
+        torch.addmm(weight.main_grad, grad.t(), inputs, out=weight.main_grad)
+    return _in_buffer(weight)
 
 
-def _has_buffer(weight: Any) -> bool:
+def _nothing(weight: Any) -> Tensor | None:
+    """Return the gradient of a weight that no token met: zeros, or None where they are in the buffer."""
+    if not has_buffer(weight):
+        return torch.zeros_like(weight)
+    if is_stale(weight):
+        weight.main_grad.zero_()
+    return _in_buffer(weight)
+
+
+def has_buffer(weight: Any) -> bool:
+    """Whether gradients of a weight are put into Megatron-Core's gradient buffer here."""
     buffer = getattr(weight, "main_grad", None)
     return buffer is not None and buffer.dtype == weight.dtype and hasattr(weight, "grad_added_to_main_grad")
 
 
-def _nothing(weight: Any) -> Tensor:
-    """Return the gradient of a weight that no token met: zeros, or what says that the buffer holds it already."""
-    if not _has_buffer(weight):
-        return torch.zeros_like(weight)
+def is_stale(weight: Any) -> bool:
+    """Whether the buffer's part of a weight was left as it is where others were zeroed: for what comes first."""
+    return getattr(weight, "main_grad_is_stale", False)
+
+
+def _in_buffer(weight: Any) -> None:
+    """Say that the buffer holds a weight's gradient, to Megatron-Core's DistributedDataParallel.
+
+    Its hook runs where autograd brings a weight no gradient too. It takes those whose gradient is in the buffer by
+    ``grad_added_to_main_grad``, looks only whether ``grad`` is there, and takes it away: no memory is needed for it.
+    """
+    weight.main_grad_is_stale = False
     weight.grad_added_to_main_grad = True
-    return weight.new_empty(weight.shape)
+    weight.grad = weight.main_grad
 
 
 def products(x_MH: Tensor, probs_M: Tensor, sizes: Sequence[int], first: list[Tensor], second: list[Tensor]) -> Tensor:
@@ -151,10 +167,16 @@ def products(x_MH: Tensor, probs_M: Tensor, sizes: Sequence[int], first: list[Te
     return found
 
 
-def _places(tokens_M: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return [M] where the copies of each token lie, token by token, and [N] where each token's begin there."""
-    copies_N = torch.bincount(tokens_M, minlength=count)
-    return tokens_M.argsort(stable=True), copies_N.cumsum(0) - copies_N
+def _places(tokens_M: Any, count: int) -> tuple[Tensor, Tensor]:
+    """Return [M] where the copies of each token lie, token by token, and [N] where each token's begin there.
+
+    They are found once for a layer: the tensor of tokens' numbers, which nobody writes into, keeps them.
+    """
+    if getattr(tokens_M, "places", None) is None:
+        copies_N = torch.bincount(tokens_M, minlength=count)
+        tokens_M.places = tokens_M.argsort(stable=True), copies_N.cumsum(0) - copies_N
+    found: tuple[Tensor, Tensor] = tokens_M.places
+    return found
 
 
 def _added(copies_MH: Tensor, tokens_M: Tensor, count: int) -> Tensor:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from megavlm.layers.activation import swiglu
 from megavlm.layers.arrival import wait_for_weights
-from megavlm.layers.expert_products import copies, products, summed
+from megavlm.layers.expert_products import copies, has_buffer, products, summed
 from megavlm.parallel.device import has_kernels
 from megavlm.parallel.megatron_versions import activation_of, permuted
 
@@ -277,11 +277,21 @@ class Experts(SequentialMLP):
         if not self.in_slices:
             found: tuple[Tensor, None] = super().forward(tokens, tokens_per_expert, probs)
             return found
-        columns = [expert.linear_fc1 for expert in self.local_experts]
-        rows = [expert.linear_fc2 for expert in self.local_experts]
+        columns, rows = self._linears()
         wait_for_weights(*columns, *rows)  # which nobody calls
         weights = [[linear.weight for linear in one] for one in (columns, rows)]
         return products(tokens, probs, tokens_per_expert.tolist(), *weights), None
+
+    def written_weights(self) -> list[Any]:
+        """Return weights whose part of the gradient buffer need not be zeroed: the first gradient is written there."""
+        if not self.in_slices:
+            return []
+        weights = [linear.weight for one in self._linears() for linear in one]
+        return [weight for weight in weights if weight.requires_grad and has_buffer(weight)]
+
+    def _linears(self) -> tuple[list[Any], list[Any]]:
+        columns = [expert.linear_fc1 for expert in self.local_experts]
+        return columns, [expert.linear_fc2 for expert in self.local_experts]
 
     @staticmethod
     def _own_memory(_layer: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

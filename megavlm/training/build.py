@@ -18,6 +18,7 @@ from megavlm.models.build import build_model, unwrap
 from megavlm.models.codes import say_pictures
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.replicas import sum_gradients
+from megavlm.training.gradients import leave_to_experts, zero_stale
 from megavlm.training.optimizer import build_optimizer, build_scheduler
 from megavlm.training.vision import VisionPhases, taken_off, wrap
 
@@ -65,6 +66,8 @@ class TrainingModel:
 
 def _finish_gradients(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
     """Finish the gradients of a step: Megatron-Core's ``finalize_model_grads``, then those of replicas."""
+    for chunk in chunks:
+        zero_stale(chunk)
     finalize_model_grads(chunks, *args, **kwargs)
     sum_gradients(chunks)
 
@@ -72,6 +75,8 @@ def _finish_gradients(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
 def _finish_apart(vision: VisionPhases, chunks: list[Any], num_tokens: Tensor, **kwargs: Any) -> None:
     """Do the same where tower and connector are apart: their backward pass comes first."""
     vision.backward()
+    for chunk in chunks:
+        zero_stale(chunk)
     with taken_off(vision.chunk):  # Megatron-Core looks for norms by name
         finalize_model_grads(chunks, num_tokens, **kwargs)
     # That has made num_tokens the global batch's, in place.
@@ -108,6 +113,7 @@ def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:
         optimizer = build_optimizer(recipe, wrapped, tower)
     vision = None if tower is None else VisionPhases(tower, first, recipe)
     for chunk in wrapped:
+        leave_to_experts(chunk)
         settings = unwrap(chunk).config
         settings.finalize_model_grads_func = (
             _finish_gradients if vision is None else functools.partial(_finish_apart, vision)
