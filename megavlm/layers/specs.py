@@ -140,8 +140,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         core_attention = ModuleSpec(module=TwoWayAttention, params={"sliding_window": kind.sliding_window})
     elif kind.sliding_window is not None:
         core_attention = ModuleSpec(module=TorchAttention, params={"sliding_window": kind.sliding_window})
-    told = {"sliding_window": kind.sliding_window, "rotary_part": kind.rotary_part}
-    attention_params |= {name: value for name, value in told.items() if value is not None}
+    for name in ("sliding_window", "rotary_part"):
+        attention_params |= {} if getattr(kind, name) is None else {name: getattr(kind, name)}
     attention = HeadNormSelfAttention if kind.head_layernorm else CompactSelfAttention
     if transformer_engine and linears is None and (kind.parallel or kind.behind or kind.latent):
         chosen = _engine_linears()

@@ -476,7 +476,9 @@ def products(language: DecoderConfig, tp: int) -> tuple[tuple[str, int, int], ..
     """Return the sizes of the layers' matrix products: key, number, ranks that share it."""
     heads = language.num_attention_heads * language.kv_channels
     groups = language.num_query_groups * language.kv_channels
+    latents = ("kv_lora_rank", "q_lora_rank") if language.latent_attention else ()
     return (
+        *((f"{_OWN}.{name}", getattr(language, name), 1) for name in latents if getattr(language, name) is not None),
         (f"{_OWN}.hidden_size", language.hidden_size, 1),
         (f"{_OWN}.ffn_hidden_size", language.ffn_hidden_size, tp),
         (f"{_OWN}.kv_channels", heads, tp),
