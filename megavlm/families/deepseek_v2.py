@@ -122,7 +122,9 @@ def _no_deepseek(language: LanguageConfig) -> str | None:
         return f"the language model's positions are stretched as {language.rope_scaling}, DeepSeek-V2's as yarn or not"
     layers = list(language.expert_layers)
     if not all(layers[layers.index(True) :]):
-        return "layers without experts (moe_layer_freq) stand behind such with experts; in DeepSeek-V2 they are the first"
+        return (
+            "layers without experts (moe_layer_freq) stand behind such with experts; in DeepSeek-V2 they are the first"
+        )
     shared = language.moe_shared_expert_intermediate_size
     if shared is None or shared % language.expert_width:
         return (

@@ -119,9 +119,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     ``linears`` replaces linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2; of experts
     experts.linear_fc1, .., of shared ones shared_experts.linear_fc1, .., if they have others than they would have).
     Transformer Engine's layers have the norm in front of them inside; with others, its norm and its attention stand
-    alone (not run on a GPU).
-
-    With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
+    alone (not run on a GPU). With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
     linears = _two_kinds_linears(linears) if kind.visual_expert else linears
@@ -140,8 +138,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         core_attention = ModuleSpec(module=TwoWayAttention, params={"sliding_window": kind.sliding_window})
     elif kind.sliding_window is not None:
         core_attention = ModuleSpec(module=TorchAttention, params={"sliding_window": kind.sliding_window})
-    for name in ("sliding_window", "rotary_part"):
-        attention_params |= {} if getattr(kind, name) is None else {name: getattr(kind, name)}
+    told = {"sliding_window": kind.sliding_window, "rotary_part": kind.rotary_part}
+    attention_params |= {name: value for name, value in told.items() if value is not None}
     attention = HeadNormSelfAttention if kind.head_layernorm else CompactSelfAttention
     if transformer_engine and linears is None and (kind.parallel or kind.behind or kind.latent):
         chosen = _engine_linears()

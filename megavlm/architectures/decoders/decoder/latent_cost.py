@@ -128,7 +128,10 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
     """Return the numbers of a token that the adapters of one language layer read, and that they add to."""
     sizes, gates = _sizes(language), 2 if language.gated_linear_unit else 1
     if language.num_moe_experts is not None:  # of all copies of a token
-        copies, inner = language.moe_router_topk * language.hidden_size, language.moe_router_topk * language.expert_width
+        copies, inner = (
+            language.moe_router_topk * language.hidden_size,
+            language.moe_router_topk * language.expert_width,
+        )
         sizes |= dict(zip(EXPERT_LINEARS, ((copies, gates * inner), (inner, copies)), strict=True))
     read = added = 0
     for linear in {target.linear for target in targets_of(lora, language)} & (_here(language) | {*EXPERT_LINEARS}):
