@@ -105,6 +105,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "qwen3_moe": ("decoders.decoder",),
     "mixtral": ("decoders.decoder",),
     "glm4_moe": ("decoders.decoder",),
+    "deepseek_v2": ("decoders.decoder",),
     "internlm2": ("decoders.decoder",),
     "minicpm": ("decoders.decoder",),
     "mamba": ("decoders.mamba",),

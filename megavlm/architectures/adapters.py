@@ -70,7 +70,7 @@ def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, Mod
             continue
         kind = (
             FrozenColumnParallelLinear
-            if name.endswith(("qkv", "fc1", "linear_q", "linear_kv", "in_proj"))
+            if name.endswith(("qkv", "fc1", "linear_q", "linear_kv", "in_proj", "q_proj", "up_proj"))
             else FrozenRowParallelLinear
         )
         params = {"adapter": adapter, "quantize": lora.quantize is not None}

@@ -58,6 +58,8 @@ def _exchange(recipe: Recipe) -> Iterator[str]:
     if parallel.cp_comm_type != "a2a":
         return
     key, ranks = "parallel.cp_comm_type: a2a", parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if language.latent_attention:
+        yield f"{key} is not proven with latent attention (model.language.kv_lora_rank); set it to p2p"
     if parallel.transformer_impl != "transformer_engine":
         yield f"{key} is Transformer Engine's; set parallel.transformer_impl to transformer_engine, or this to p2p"
     for name in ("num_attention_heads", "num_query_groups"):

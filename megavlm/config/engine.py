@@ -94,6 +94,8 @@ def _overlap(recipe: Recipe) -> Iterator[str]:
     key = f"{_KEY}tp_comm_overlap"
     if recipe.model.language.recurrent:
         yield f"{key}: is for Transformer Engine's linear layers, and Mamba's are Megatron-Core's; set it to false"
+    if recipe.model.language.latent_attention:
+        yield f"{key}: has no buffers for the projections of latent attention; set it to false"
     if not parallel.sequence_parallel:
         yield f"{key}: needs parallel.sequence_parallel, and with it {_TP} > 1; set these, or this to false"
     if parallel.transformer_impl == "torch":
@@ -108,6 +110,8 @@ def _graphs(recipe: Recipe) -> Iterator[str]:
     key = f"{_KEY}cuda_graph_impl"
     if recipe.model.language.recurrent:
         yield f"{key}: graphs are of attention and MLP, and Mamba's layers have neither; set it to none"
+    if recipe.model.language.latent_attention:
+        yield f"{key}: is not proven with latent attention (model.language.kv_lora_rank); set it to none"
     if recipe.training.precision != "bf16":
         yield f"{key}: needs training.precision bf16; set that, or this to none"
     if recipe.parallel.transformer_impl == "torch":

@@ -49,7 +49,10 @@ _IN, _STEPS = "self_attention.in_proj", "self_attention.x_proj"
 """Mamba's. Its ``out_proj`` takes no adapter: PEFT refuses one there, as Mamba's kernels read the weight themselves."""
 CROSS_LINEARS = ("cross_attention.linear_q", "cross_attention.linear_kv", "cross_attention.linear_proj")
 """Those of attention to pictures, in the layers that have it instead of attention to text."""
-LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *SHARED_LINEARS, *CROSS_LINEARS, _IN, _STEPS)
+LATENT_LINEARS = tuple(f"self_attention.linear_{name}_proj" for name in ("q", "q_up", "kv_up"))
+"""Those of latent attention beside ``linear_proj``: to queries, of the stream or of their latent; to keys and values.
+What leads down to a latent, which each tensor-parallel rank has whole, takes no adapter."""
+LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *SHARED_LINEARS, *CROSS_LINEARS, *LATENT_LINEARS, _IN, _STEPS)
 """The linear layers of the layers of a language model, of all kinds."""
 
 _NUMBER = re.compile(r"\.experts\.(?:local_experts\.(?:\d+|\{\})|experts)\.")
@@ -139,6 +142,9 @@ def _quantised_shards(recipe: Recipe) -> Iterator[str]:
     tp, language = recipe.parallel.tensor_model_parallel_size, recipe.model.language
     if language.recurrent:
         yield f"{_KEY}quantize: Mamba's weights are not kept in 4 bits; set it to null"
+        return
+    if language.latent_attention:
+        yield f"{_KEY}quantize: weights of latent attention are not kept in 4 bits; set it to null"
         return
     unit, hidden, experts = NF4_BLOCK * NF4_GROUP, language.hidden_size, any(language.expert_layers)
     group = language.kv_channels * (language.num_attention_heads // language.num_query_groups + 2)

@@ -94,6 +94,11 @@ class LanguageTraits:
         return False
 
     @property
+    def latent_attention(self) -> bool:
+        """Whether keys and values are made of a latent, which is narrower than they are (MLA)."""
+        return False
+
+    @property
     def encodes(self) -> bool:
         """Whether an encoder of its own reads what stands in front of an answer (T5)."""
         return False

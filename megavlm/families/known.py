@@ -73,6 +73,7 @@ _OURS = (
     "megavlm.families.gemma3:Gemma3TextFamily",
     "megavlm.families.glm4:Glm4Family",
     "megavlm.families.glm4_moe:Glm4MoeFamily",
+    "megavlm.families.deepseek_v2:DeepseekV2Family",
     "megavlm.families.stablelm:StableLMFamily",
     "megavlm.families.experts:Qwen3MoeFamily",
     "megavlm.families.experts:MixtralFamily",

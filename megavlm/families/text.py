@@ -8,6 +8,7 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig
+from megavlm.families.deepseek_v2 import DEEPSEEK_V2
 from megavlm.families.experts import MIXTRAL, QWEN3_MOE
 from megavlm.families.family import Tree
 from megavlm.families.gemma import GEMMA
@@ -23,7 +24,7 @@ from megavlm.families.text_kinds import TextKind, chosen, refused
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
-_OTHERS = (PHI, PHI3, GEMMA, GEMMA3, GLM4, STABLELM, MINICPM, INTERNLM2, QWEN3_MOE, MIXTRAL, GLM4_MOE)
+_OTHERS = (PHI, PHI3, GEMMA, GEMMA3, GLM4, STABLELM, MINICPM, INTERNLM2, QWEN3_MOE, MIXTRAL, GLM4_MOE, DEEPSEEK_V2)
 TEXT_KINDS: dict[str, TextKind] = {
     **KINDS,
     **{kind.model_type: kind for kind in _OTHERS},

@@ -28,7 +28,7 @@ PLAIN: dict[str, Any] = {
     "rope_local_base_freq": None, "post_layernorms": False, "query_pre_attn_scalar": None,
     "rotary_interleaved": False, "rotary_sections": (), "num_moe_experts": None,
     "visual_expert": False, "image_positions": "counted", "pre_layernorms": True, "head_layernorm": False,
-    "image_tokens": (), "attention_branch_norm": False,
+    "image_tokens": (), "attention_branch_norm": False, "kv_lora_rank": None,
 }  # fmt: skip
 """What Llama has, of the keys by which language models differ other than in size."""
 

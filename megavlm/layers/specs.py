@@ -26,6 +26,7 @@ from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.encoder_decoder import AnsweringLayer, DistanceAttention, EncodedAttention
 from megavlm.layers.experts import experts_mlp
 from megavlm.layers.head_norm import HeadNormSelfAttention
+from megavlm.layers.latent import LatentAttention, LatentHeads, LatentSubmodules
 from megavlm.layers.mamba import MambaMixer, MambaSubmodules
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
@@ -94,6 +95,8 @@ class LayerKind:
     """Each head's queries and keys have a LayerNorm of their own (``layers/head_norm.py``)."""
     behind: bool = False
     """No norm stands in front of attention and MLP."""
+    latent: LatentHeads | None = None
+    """Keys and values of its attention are made of a latent (``layers/latent.py``)."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask, "two_way": AttnMaskType.causal}
@@ -116,9 +119,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     ``linears`` replaces linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2; of experts
     experts.linear_fc1, .., of shared ones shared_experts.linear_fc1, .., if they have others than they would have).
     Transformer Engine's layers have the norm in front of them inside; with others, its norm and its attention stand
-    alone (not run on a GPU).
-
-    With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
+    alone (not run on a GPU). With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
     linears = _two_kinds_linears(linears) if kind.visual_expert else linears
@@ -140,7 +141,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     told = {"sliding_window": kind.sliding_window, "rotary_part": kind.rotary_part}
     attention_params |= {name: value for name, value in told.items() if value is not None}
     attention = HeadNormSelfAttention if kind.head_layernorm else CompactSelfAttention
-    if transformer_engine and linears is None and (kind.parallel or kind.behind):
+    if transformer_engine and linears is None and (kind.parallel or kind.behind or kind.latent):
         chosen = _engine_linears()
     elif transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=kind.qk_layernorm)
@@ -187,6 +188,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         ),
     )
     _with_features(layer, norm, kind)
+    _with_latent(layer, norm, kind, chosen)
     if kind.experts:
         _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=chosen)
     return Modules(core_attention, norm, layer)
@@ -237,6 +239,24 @@ def _with_features(layer: ModuleSpec, norm: Any, kind: LayerKind) -> None:
     parts = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, IdentityOp, IdentityOp)
     layer.submodules.pre_cross_attn_layernorm, layer.submodules.cross_attn_bda = norm, get_bias_dropout_add
     layer.submodules.cross_attention = ModuleSpec(module=FeatureAttention, params={"shape": shape}, submodules=parts)
+
+
+def _with_latent(layer: ModuleSpec, norm: Any, kind: LayerKind, chosen: Mapping[str, Any]) -> None:
+    """Put latent attention in the place of a layer's self-attention, if it is of that kind."""
+    if kind.latent is None:
+        return
+    attention, column = layer.submodules.self_attention, chosen.get("linear_qkv", ColumnParallelLinear)
+    layer.submodules.self_attention = ModuleSpec(
+        module=LatentAttention,
+        params={**attention.params, "heads": kind.latent},
+        submodules=LatentSubmodules(
+            linear_q=chosen.get("linear_q_proj" if kind.latent.query_latent is None else "linear_q_up_proj", column),
+            linear_kv_up=chosen.get("linear_kv_up_proj", column),
+            linear_proj=attention.submodules.linear_proj,
+            core_attention=attention.submodules.core_attention,
+            norm=norm,
+        ),
+    )
 
 
 def mamba_modules(

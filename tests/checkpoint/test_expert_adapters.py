@@ -12,9 +12,10 @@ from peft import LoraConfig, PeftModel
 from qwen3_vl_models import qwen3_vl_moe, save_as_on_the_hub
 from safetensors.torch import load_file
 from test_peft import adapted, bits, close, convert
-from text_cases import glm4_moe
+from text_cases import deepseek_v2_grouped, glm4_moe
 from torch import Tensor
 from transformers import (
+    DeepseekV2ForCausalLM,
     Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -194,6 +195,32 @@ def test_shared_experts_in_peft_and_merged(tmp_path: Path) -> None:
 
     convert("megatron-to-hf", "--megatron", saved, "--family", "glm4_moe", "--out", tmp_path / "whole")
     close(theirs(read(tmp_path / "whole")), expected)
+    convert("merge", "--megatron", saved, "--out", tmp_path / "merged")
+    close(logits_of(tmp_path / "merged")[0], expected)
+
+
+@pytest.mark.family("deepseek_v2")
+def test_latent_attention_in_peft_and_merged(tmp_path: Path) -> None:
+    """Of DeepSeek-V2: of what makes queries, keys and values of latents, and of what stands behind attention."""
+    base = base_of(deepseek_v2_grouped(), tmp_path)
+    targets = ["q_b_proj", "kv_b_proj", "o_proj"]
+    saved = adapted(base, tmp_path / "run", targets, [])
+    expected, model = logits_of(saved)
+    convert("megatron-to-hf", "--megatron", saved, "--adapter", "--family", "deepseek_v2", "--out", tmp_path / "peft")
+    settings = LoraConfig.from_pretrained(tmp_path / "peft")
+    settings.task_type = None
+    there = DeepseekV2ForCausalLM.from_pretrained(tmp_path / "llm", attn_implementation="eager", dtype=torch.float32)
+    both = PeftModel.from_pretrained(Bare(there.eval()), tmp_path / "peft", config=settings, is_trainable=True).eval()
+    logits = both(text().ids[None])[0]
+    close(logits, expected)
+    weighed(logits).backward()
+    own, attention = dict(both.named_parameters()), model.language.decoder.layers[1].self_attention
+    linears = (attention.linear_q_up_proj, attention.linear_kv_up_proj, attention.linear_proj)
+    for linear, name in zip(linears, targets, strict=True):
+        for parameter, kind in ((linear.lora_a, "A"), (linear.lora_b, "B")):
+            wanted = own[f"base_model.model.model.layers.1.self_attn.{name}.lora_{kind}.default.weight"].grad
+            assert float(wanted.abs().max()) > 0
+            close(parameter.grad, wanted)
     convert("merge", "--megatron", saved, "--out", tmp_path / "merged")
     close(logits_of(tmp_path / "merged")[0], expected)
 

@@ -60,6 +60,7 @@ LANGUAGES = {
 }
 """Sizes of language models that have other keys than a decoder, by architecture."""
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
+LATENT = {"num_query_groups": 4, "rotary_percent": 0.5, "kv_lora_rank": 24, "v_head_dim": 12}
 Q_FORMER = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
 OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
 """Connectors of two towers, by the architecture of the pair."""
@@ -139,6 +140,8 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
             small = small | EXPERTS
             if isinstance(own.find(name).values.get("moe_layer_freq"), list | tuple):  # of as many layers as it has
                 small["moe_layer_freq"] = [0, 1, 0, 1, 1, 1]
+        if kind == "language" and "kv_lora_rank" in own.find(name).values:
+            small = small | LATENT
         if kind == "language":
             small = LANGUAGES.get(own.find(name).architecture.name, small)
         if kind == "vision":
@@ -293,7 +296,8 @@ def check(layout: str, number: int, root: Path) -> None:
         model["language"]["lm_head_bias"] = False  # the embedding has none
     if layout == "tp4":  # more ranks than key/value heads
         language = model["language"]
-        shares = not registry.LANGUAGE.find(language["preset"]).values.get("head_layernorm")
+        own = registry.LANGUAGE.find(language["preset"]).values
+        shares = not (own.get("head_layernorm") or own.get("kv_lora_rank"))
         if shares and "num_query_groups" in language:
             model["language"]["num_query_groups"] = 2
         # The ranks hold towers whole, which they do not divide, and connectors.

@@ -107,6 +107,13 @@ def test_mambas_configuration_that_is_written_anew_says_the_same(
         ("glm4_moe", {"first_k_dense_replace": 4}, "first_k_dense_replace is 4; it is 0 to 3"),
         ("glm4_moe", {"topk_group": 2}, "2 experts of 2 groups (num_experts_per_tok, topk_group)"),
         ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts is 0; it is 1 to any number above"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("deepseek_v2", {"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling is {'type': 'yarn'"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads is 2; only 4"),
+        ("deepseek_v2", {"use_mla": False}, "use_mla is False"),
+        ("deepseek_v2", {"qk_rope_head_dim": 0}, "qk_rope_head_dim is 0; it is 1 to any number above"),
+        ("deepseek_v2", {"first_k_dense_replace": 4}, "first_k_dense_replace is 4; it is 0 to 3"),
+        ("deepseek_v2_grouped", {"topk_group": 1}, "2 experts of 1 groups (num_experts_per_tok, topk_group)"),
         ("qwen3_moe", {"num_experts": 8}, "num_experts is 8 and num_local_experts 4"),
     ],
 )
@@ -124,7 +131,7 @@ def test_what_a_text_config_may_leave_out_is_as_its_class_has_it(name: str) -> N
     assert defaults and {key: getattr(own, key) for key in defaults} == defaults
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERTS if ROWS[name].family != "glm4_moe"])
+@pytest.mark.parametrize("name", [name for name in EXPERTS if ROWS[name].family not in ("glm4_moe", "deepseek_v2")])
 def test_experts_of_a_text_config(name: str, written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """Their number under either name; what it leaves out is as its class in Transformers has it."""
     folder, branches = written
@@ -161,7 +168,7 @@ def test_all_kinds_at_one_process(written: tuple[Path, dict[str, dict[str, Any]]
 def test_layers_that_are_recomputed(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """Of those that are more than Megatron-Core's own: side by side, norms behind branches, multiplied branches."""
     folder, branches = written
-    own = {name: branches[name] for name in ("phi", "gemma3_text", "minicpm", "mamba")}
+    own = {name: branches[name] for name in ("phi", "gemma3_text", "minicpm", "mamba", "deepseek_v2_grouped")}
     assert compare_all(own, str(folder), {"recompute_granularity": "full"}).keys() == own.keys()
     del own["mamba"]  # which has no attention to make again
     assert compare_all(own, str(folder), {"recompute_granularity": "selective"}).keys() == own.keys()

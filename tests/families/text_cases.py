@@ -23,6 +23,8 @@ from text_reference import InternLM2, MiniCPM, randomised  # noqa: E402
 from tiny import IMAGE_SIZE, tiny_recipe  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import (  # noqa: E402
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
@@ -165,6 +167,24 @@ def glm4_moe() -> Any:
     return model
 
 
+_LATENT = {"kv_lora_rank": 40, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20, "n_shared_experts": 2}
+# With a seed with which each expert gets a token.
+_LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1}
+
+
+def deepseek_v2() -> Any:
+    """DeepSeek-V2-Lite: queries of the stream; the best two of four experts, whose scores are not made to add up to 1."""
+    own = {"q_lora_rank": None, "n_routed_experts": 4, "routed_scaling_factor": 2.5}
+    return made(DeepseekV2ForCausalLM, DeepseekV2Config(**{**_TEXT, **_EXPERTS, **_LATENT, **own}), 1)
+
+
+def deepseek_v2_grouped() -> Any:
+    """DeepSeek-V2: queries of a latent; the best of each of the two best of three groups of experts."""
+    own = {"q_lora_rank": 24, "n_routed_experts": 6, "n_group": 3, "topk_group": 2}
+    own |= {"topk_method": "group_limited_greedy"}
+    return made(DeepseekV2ForCausalLM, DeepseekV2Config(**{**_TEXT, **_EXPERTS, **_LATENT, **own}), 2)
+
+
 def mamba() -> Any:
     """Mamba: no attention and no MLP; a rank of the step sizes that two do not divide."""
     keys = {"hidden_size": 64, "num_hidden_layers": 4, "state_size": 8, "time_step_rank": 5, "vocab_size": VOCAB}
@@ -200,8 +220,10 @@ ROWS: dict[str, Kind] = {
     "qwen3_moe_unnormed": Kind("qwen3_moe", qwen3_moe_unnormed, "qwen3_moe"),
     "mixtral": Kind("mixtral", mixtral, "mixtral"),
     "glm4_moe": Kind("glm4_moe", glm4_moe, "glm4_moe"),
+    "deepseek_v2": Kind("deepseek_v2", deepseek_v2, "deepseek_v2"),
+    "deepseek_v2_grouped": Kind("deepseek_v2", deepseek_v2_grouped, "deepseek_v2"),
 }
-EXPERTS = ("qwen3_moe", "qwen3_moe_unnormed", "mixtral", "glm4_moe")
+EXPERTS = ("qwen3_moe", "qwen3_moe_unnormed", "mixtral", "glm4_moe", "deepseek_v2", "deepseek_v2_grouped")
 """Rows with experts."""
 ELSEWHERE = {"qwen", "t5"}
 """Kinds that other tests hold: Qwen v1 (tests/models/test_reference.py), T5 (test_t5.py)."""

@@ -438,7 +438,7 @@ ROWS: dict[str, WholeFamily] = {
         )
         for family in (
             "phi", "phi3", "gemma", "gemma3_text", "glm4", "stablelm", "minicpm", "internlm2", "qwen3_moe", "mixtral",
-            "glm4_moe", "mamba",
+            "glm4_moe", "deepseek_v2", "mamba",
         )
     },
     "t5": part(("t5", "ul2"), "a language model alone; loss, logits and gradients at two layouts: test_t5.py"),

@@ -50,6 +50,8 @@ def decoder(name: str, **values: Any) -> dict[str, Any]:
     """Return the branch of a preset made small."""
     if registry.LANGUAGE.find(name).architecture.name == "mamba":
         return {"language": {**MAMBA, "preset": name, **values}}
+    if "kv_lora_rank" in registry.LANGUAGE.find(name).values:
+        values = {"num_query_groups": 4, "rotary_percent": 0.5, "kv_lora_rank": 64, "v_head_dim": 48, **values}
     return {"language": {**DECODER, "preset": name, **values}}
 
 

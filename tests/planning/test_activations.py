@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from saved_tensors import quantise_random, saved_tensors
-from test_parameters import EXPERTS, LAYERS, OTHER, SHARED
+from test_parameters import EXPERTS, LATENT, LAYERS, OTHER, SHARED
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.data.device_batch import make_batch
@@ -70,6 +70,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-of-shared-experts": {"model": SHARED, "lora": ALL, "modules": BESIDE},
     "qlora-of-shared-experts": {**BF16, "model": SHARED, "lora": {**PARTS, "quantize": "nf4"}, "modules": BESIDE},
     "lora-of-experts-bf16": {**BF16, "model": EXPERTS, "lora": PARTS, "modules": BESIDE},
+    "latent": {"model": LATENT},
+    "latent-bf16-stream": {**BF16, "model": told(LATENT, q_lora_rank=None, moe_layer_freq=1)},
+    "latent-selective": {"model": LATENT, "parallel": {"recompute_granularity": "selective"}},
+    "lora-of-latent": {**BF16, "model": LATENT, "lora": ALL, "modules": BESIDE},
     "mamba": {"model": MAMBA},
     "mamba-bf16": {**BF16, "model": MAMBA},
     "mamba-full": {"model": MAMBA, "parallel": {"recompute_granularity": "full"}},

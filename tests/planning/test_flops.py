@@ -106,6 +106,7 @@ TINY_EXPERTS: dict[str, Any] = {
     "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 40, "moe_shared_expert_intermediate_size": 48,
     "moe_layer_freq": (0, 1),
 }  # fmt: skip
+TINY_LATENT: dict[str, Any] = {"num_query_groups": 4, "rotary_percent": 0.5, "kv_lora_rank": 24, "v_head_dim": 16}
 WORK = (
     "gated_linear_unit",
     "use_parallel_residual",
@@ -114,7 +115,7 @@ WORK = (
     "qk_layernorm",
     "lm_head_bias",
 )
-WORK += ("sliding_window", "sliding_window_pattern", "post_layernorms", "head_layernorm", *TINY_EXPERTS)
+WORK += ("sliding_window", "sliding_window_pattern", "post_layernorms", "head_layernorm", "kv_lora_rank", *TINY_EXPERTS)
 
 
 def kinds() -> dict[str, dict[str, Any]]:
@@ -132,6 +133,8 @@ def kinds() -> dict[str, dict[str, Any]]:
         small = {key: value for key, value in TINY.items() if key in keys}
         if own.get("num_moe_experts"):
             small |= {key: value for key, value in TINY_EXPERTS.items() if key in own or key == "moe_ffn_hidden_size"}
+        if own.get("kv_lora_rank"):
+            small |= TINY_LATENT
         computes = (preset.architecture.name, *(repr({**own, **small}.get(key)) for key in WORK))
         found.setdefault(computes, (name, {"preset": name, **small}))
     return dict(found.values())

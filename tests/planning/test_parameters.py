@@ -144,6 +144,19 @@ SHARED: dict[str, Any] = {
     "language": {**EXPERTS["language"], "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": 48}
     | {"moe_shared_expert_gate": True, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
 }
+# Latent attention: queries of a latent, values narrower than keys, an MLP in front of experts.
+LATENT: dict[str, Any] = {
+    **OTHER,
+    "language": {**OTHER["language"], "preset": "deepseek_v2", "num_moe_experts": 4, "moe_router_topk": 2}
+    | {"moe_ffn_hidden_size": 40, "moe_layer_freq": (0, 1, 1, 1), "moe_shared_expert_intermediate_size": 48}
+    | {"num_query_groups": 4, "kv_channels": 24, "rotary_percent": 1 / 3, "v_head_dim": 20, "kv_lora_rank": 40}
+    | {"q_lora_rank": 28, "vocab_size": 512, "tie_word_embeddings": False},
+}
+LATENT_ADAPTERS: dict[str, Any] = {
+    **ADAPTERS,
+    "lora": {"rank": 8, "targets": ("q_b_proj", "kv_b_proj", "o_proj", "mlp.up_proj"), "train_norms": True},
+    "checkpoint": {"load": "."},
+}
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -197,6 +210,17 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel": {**TP2, **EP2, **TORCH, "sequence_parallel": True},
         **EXPERT_ADAPTERS,
     },
+    "latent-tp2-pp2-ep2-sp": {
+        **BF16,
+        "model": LATENT,
+        "parallel": {**TP2, **PP2, **EP2, **TORCH, "sequence_parallel": True},
+    },
+    "latent-adapters": {
+        **BF16,
+        "model": LATENT,
+        "parallel": {**TP2, **EP2, **TORCH, "sequence_parallel": True},
+        **LATENT_ADAPTERS,
+    },
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
@@ -234,7 +258,7 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
 
 
 KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp", "internvl-tp2-pp2-sp"]
-KEPT += [name for name in CASES if name.startswith(("phi", "gemma", "experts"))]
+KEPT += [name for name in CASES if name.startswith(("phi", "gemma", "experts", "latent"))]
 KEPT += [name for name in CASES if "shared" in name or name.startswith(("ldp", "abstractor", "s2", "dino", "eva"))]
 
 

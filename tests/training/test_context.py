@@ -26,6 +26,7 @@ CASES: dict[str, Case] = {
 }
 
 
+LATENT = {"kv_lora_rank": 24, "q_lora_rank": 20, "v_head_dim": 12, "rotary_percent": 0.5, "add_qkv_bias": False}
 ALL_OF = {
     **MODELS,
     # Positions of three numbers, and patches with a grid.
@@ -36,6 +37,7 @@ ALL_OF = {
         "model": MODEL | {"language": MODEL["language"] | {"attention_mask": "images", "sliding_window": 7}}
     },
     "groups": {"model": MODEL | {"language": MODEL["language"] | {"num_query_groups": 2, "qk_layernorm": True}}},
+    "latent": {"model": MODEL | {"language": MODEL["language"] | LATENT}},
     "plain optimizer": {"parallel": {"use_distributed_optimizer": False}},
     "selective": {"parallel": {"recompute_granularity": "selective"}},
 }
@@ -69,6 +71,7 @@ LONG_CASES: dict[str, Case] = {
         for name in ("frozen tower", "frozen tower and connector", "frozen connector", "frozen language")
     },
     **{f"{name} at CP 2 x TP 2 + SP": (name, 4, CP2 | TP2 | SP) for name in ("adapters", "layer decay", "bf16")},
+    "latent at CP 2 x TP 2 + SP": ("latent", 4, CP2 | TP2 | SP),
     "adapters at CP 2 x PP 2": ("adapters", 4, CP2 | PP2),
 }
 CASES_OF = CASES | LONG_CASES

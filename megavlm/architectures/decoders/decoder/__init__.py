@@ -1,7 +1,7 @@
 """Decoder-only language models: Qwen v1, 2 and 3, and Llama."""
 
-from megavlm.architectures.decoders.decoder import cost
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, products, rules
+from megavlm.architectures.decoders.decoder.latent_cost import CostByAttention
 from megavlm.architectures.decoders.decoder.presets import KINDS, SIZES
 from megavlm.architectures.decoders.decoder.tables import targets
 from megavlm.config.architecture import LANGUAGE, Architecture
@@ -12,7 +12,7 @@ DECODER = Architecture(
     build="megavlm.architectures.decoders.decoder.build:build",
     rules=rules,
     products=products,
-    cost=cost,
+    cost=CostByAttention(),
     targets=targets,
 )
 

@@ -30,6 +30,7 @@ from megavlm.architectures.decoders.decoder.config import BRANCH_EPSILON, Decode
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig, ParallelConfig
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
+from megavlm.layers.latent import LatentHeads
 from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
 from megavlm.layers.scale import NormedSum
 from megavlm.layers.specs import LayerKind, block_submodules, cross_modules, layer_modules
@@ -124,6 +125,7 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
         head_layernorm=language.head_layernorm,
         behind=not language.pre_layernorms,
         features=_features(language),
+        latent=_latent(language),
     )
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
@@ -149,6 +151,14 @@ def _features(language: DecoderConfig) -> tuple[int, int, int] | None:
         language.num_attention_heads,
     )
     return None if features is None or width is None else (heads, width // heads, features)
+
+
+def _latent(language: DecoderConfig) -> LatentHeads | None:
+    """Return the sizes of latent attention; None where keys and values are made of the stream."""
+    if language.kv_lora_rank is None:
+        return None
+    assert language.v_head_dim is not None
+    return LatentHeads(language.rotary_channels, language.v_head_dim, language.kv_lora_rank, language.q_lora_rank)
 
 
 def padded_vocab_size(language: LanguageConfig, context: BuildContext) -> int:

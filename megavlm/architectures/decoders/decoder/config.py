@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field
 
-from megavlm.architectures.decoders.decoder.experts import ExpertsConfig, expert_rules
+from megavlm.architectures.decoders.decoder.experts import expert_rules
+from megavlm.architectures.decoders.decoder.latent import LatentConfig, latent_rules
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.rules import TP, choices, divides
 from megavlm.config.schema import ParallelConfig
@@ -17,7 +18,7 @@ _OWN = "model.language"
 
 
 @config_class
-class DecoderConfig(ExpertsConfig):
+class DecoderConfig(LatentConfig):
     """The decoder-only language model."""
 
     num_layers: int = Field(gt=0, le=10_000)
@@ -295,6 +296,7 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
             " set that to linear or llama3, or this to 1"
         )
     yield from expert_rules(language, layout)
+    yield from latent_rules(language, layout)
 
 
 def _norms(language: DecoderConfig, tp: int) -> Iterator[str]:
@@ -474,7 +476,9 @@ def products(language: DecoderConfig, tp: int) -> tuple[tuple[str, int, int], ..
     """Return the sizes of the layers' matrix products: key, number, ranks that share it."""
     heads = language.num_attention_heads * language.kv_channels
     groups = language.num_query_groups * language.kv_channels
+    latents = ("kv_lora_rank", "q_lora_rank") if language.latent_attention else ()
     return (
+        *((f"{_OWN}.{name}", getattr(language, name), 1) for name in latents if getattr(language, name) is not None),
         (f"{_OWN}.hidden_size", language.hidden_size, 1),
         (f"{_OWN}.ffn_hidden_size", language.ffn_hidden_size, tp),
         (f"{_OWN}.kv_channels", heads, tp),

@@ -58,6 +58,11 @@ _GLM_MOE: dict[str, Any] = {
     "moe_router_enable_expert_bias": True,
 }  # fmt: skip
 
+_DEEPSEEK_V2: dict[str, Any] = {
+    "add_qkv_bias": False, "rotary_interleaved": True, "rotary_percent": 1 / 3, "num_moe_experts": 64, "moe_router_topk": 6,
+    "moe_router_pre_softmax": True, "kv_lora_rank": 512, "v_head_dim": 128,
+}  # fmt: skip
+
 _BY_8: dict[str, Any] = {"rope_scaling": "linear", "rope_scaling_factor": 8.0}
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -84,6 +89,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _QWEN3_MOE,
     "mixtral": _MIXTRAL,
     "glm4_moe": _GLM_MOE,
+    "deepseek_v2": _DEEPSEEK_V2,
 }
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
-from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, SHARED_LINEARS, Target
+from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, LATENT_LINEARS, SHARED_LINEARS, Target
 from megavlm.weights.rules import (
     CONCAT,
     HEAD_ROWS,
@@ -302,6 +302,24 @@ GLM_MOE_LANGUAGE = dataclasses.replace(
 )
 """GLM-4.5, and the language model of GLM-4.5V: an expert that gets every token, and biases that choose."""
 
+_LATENT = "self_attention."
+DEEPSEEK_LANGUAGE = dataclasses.replace(
+    GLM_MOE_LANGUAGE,
+    layer=(
+        *(one for one in GLM_MOE_LANGUAGE.layer if not one.ours[0].startswith(_LATENT)),
+        row(f"{_LATENT}linear_q_proj.weight", "self_attn.q_proj.weight"),
+        row(f"{_LATENT}linear_q_down_proj.weight", "self_attn.q_a_proj.weight"),
+        row(f"{_LATENT}q_latent_norm.weight", "self_attn.q_a_layernorm.weight"),
+        row(f"{_LATENT}linear_q_up_proj.weight", "self_attn.q_b_proj.weight"),
+        row(f"{_LATENT}linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"),
+        row(f"{_LATENT}kv_latent_norm.weight", "self_attn.kv_a_layernorm.weight"),
+        row(f"{_LATENT}linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight"),
+        row(f"{_LATENT}linear_proj.weight", "self_attn.o_proj.weight"),
+    ),
+    aside=LLAMA_LANGUAGE.aside,
+)
+"""DeepSeek-V2: latent attention, experts and such that get every token."""
+
 MIXTRAL_LANGUAGE = _with_experts(
     row("mlp.router.weight", "block_sparse_moe.gate.weight"),
     # w1 is the gate.
@@ -366,6 +384,20 @@ def _cross_targets() -> tuple[Target, ...]:
 
 
 @functools.cache
+def _latent_targets(*, down: bool) -> tuple[Target, ...]:
+    """Return the linear layers of latent attention and of an MLP behind it.
+
+    Not those down to a latent, which all tensor-parallel ranks have whole.
+
+    Args:
+        down: whether queries are made of a latent.
+    """
+    other = LATENT_LINEARS[0] if down else LATENT_LINEARS[1]
+    beside = (other, *EXPERT_LINEARS, *SHARED_LINEARS)
+    return tuple(target for target in targets_in(DEEPSEEK_LANGUAGE) if target.linear not in beside)
+
+
+@functools.cache
 def _expert_targets(*, gated: bool, llama: bool) -> tuple[Target, ...]:
     """Return the linear layers of experts, as Qwen3-MoE calls them, and of a Llama as Mixtral does too."""
     others = {
@@ -395,6 +427,8 @@ def _shared_targets(*, gated: bool) -> tuple[Target, ...]:
 def targets(language: DecoderConfig) -> tuple[Target, ...]:
     """Return what ``lora.targets`` may name."""
     found, experts = _targets(language.layer_names), language.expert_layers
+    if language.latent_attention:
+        found = _latent_targets(down=language.q_lora_rank is not None)
     if language.cross_attention_layers:
         found += _cross_targets()
     if not any(experts):
