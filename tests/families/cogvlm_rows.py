@@ -24,6 +24,12 @@ _AGENT_SFT = Stage(
     adam=(0.9, 0.95, 1e-8, 0.1),
 )  # fmt: skip
 _TRAINS = ("connector", "language")
+_LAYERS = tuple(
+    f"{kind}_{name}"
+    for kind in ("language", "vision")
+    for name in ("expert_query_key_value", "expert_dense", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+)
+"""Those for text, and those for image tokens."""
 
 
 def _sft(length: int, tokens: int) -> Stage:
@@ -43,7 +49,7 @@ def cogvlm_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFam
             uneven=CogSource(lambda: CogVLM(heads=3, inner=75)),
             others=Lack("it is published with one tower and one language model; other templates: test_cogvlm.py"),
             answers=Lack("Transformers has no class for it: answers are held against the written-out one, in `source`"),
-            lora=Lack("adapters stand beside layers of one weight, and each here has two: refused by name"),
+            lora=_LAYERS,
             presets={
                 "cogvlm_base_224": Published(_COUNT - _TABLE),
                 "cogvlm_base_490": Published(_COUNT),
@@ -69,7 +75,7 @@ def cogagent_row(header: str, planner: Mapping[str, float]) -> dict[str, WholeFa
             uneven=AgentSource(lambda: CogAgent(heads=3, inner=75, fine=192)),
             others=Lack("it is published with one pair of towers and one language model; templates: test_cogagent.py"),
             answers=Lack("Transformers has no class for it: answers are held against the written-out one, in `source`"),
-            lora=Lack("adapters stand beside layers of one weight, and each here has two: refused by name"),
+            lora=_LAYERS,
             presets={"cogagent_chat": Published(_AGENT_COUNT), "cogagent_vqa": Published(_AGENT_COUNT)},
             built=Lack("no class to build: the counts are those of the published definition, at published sizes"),
             recipes={"cogagent_chat/sft": _AGENT_SFT},
