@@ -112,7 +112,9 @@ class AdaptedTwoKindsRowLinear(TwoKinds, FrozenRowParallelLinear):
         if self.rows is not None:
             # Zero where a token is of the other kind: so is what its B, which sees a part of the sequence, adds.
             text = (self.rows.back < self.rows.text.numel())[:, None, None]
-            lows = [low.masked_fill(~text if linear is self else text, 0) for low, linear in zip(lows, own, strict=True)]
+            lows = [
+                low.masked_fill(~text if linear is self else text, 0) for low, linear in zip(lows, own, strict=True)
+            ]
         low = self._reduced(torch.cat(lows, dim=-1))
         for part, linear in zip(low.chunk(len(own), dim=-1), own, strict=True):
             output = output + F.linear(part, linear.lora_b)

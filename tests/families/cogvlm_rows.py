@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from cogagent_models import COGAGENT, AgentSource, CogAgent
 from cogvlm_models import COGVLM, CogSource, CogVLM
@@ -38,6 +39,10 @@ def _sft(length: int, tokens: int) -> Stage:
     )  # fmt: skip
 
 
+def _adapters(length: int, tokens: int) -> Stage:
+    return replace(_sft(length, tokens), trains=("language",), batch=32, lora=(10, 1))
+
+
 def cogvlm_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFamily]:
     """Return the row; arguments are what rows share: ``headers``, ``planner``."""
     return {
@@ -57,7 +62,12 @@ def cogvlm_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFam
                 "cogvlm_grounding_generalist": Published(_COUNT),
             },
             built=Lack("no class to build: the counts are those of the published definition, at published sizes"),
-            recipes={"cogvlm_base_490/sft": _sft(1288, 1227), "cogvlm_base_224/sft": _sft(320, 258)},
+            recipes={
+                "cogvlm_base_490/sft": _sft(1288, 1227),
+                "cogvlm_base_224/sft": _sft(320, 258),
+                "cogvlm_base_490/lora": _adapters(1288, 1227),
+                "cogvlm_base_224/lora": _adapters(320, 258),
+            },
             headers=header,
             planner=planner,
         )
@@ -78,7 +88,7 @@ def cogagent_row(header: str, planner: Mapping[str, float]) -> dict[str, WholeFa
             lora=_LAYERS,
             presets={"cogagent_chat": Published(_AGENT_COUNT), "cogagent_vqa": Published(_AGENT_COUNT)},
             built=Lack("no class to build: the counts are those of the published definition, at published sizes"),
-            recipes={"cogagent_chat/sft": _AGENT_SFT},
+            recipes={"cogagent_chat/sft": _AGENT_SFT, "cogagent_chat/lora": replace(_AGENT_SFT, lora=(50, 1))},
             headers=header,
             # Every token is taken to see one picture; here some see none, some two.
             planner={**planner, "operations": 0.07},
