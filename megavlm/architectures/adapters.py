@@ -14,7 +14,9 @@ from torch import nn
 from megavlm.config.lora import (
     CROSS_LINEARS,
     EXPERT_LINEARS,
+    IMAGE_LINEARS,
     LINEARS,
+    OF_IMAGES,
     SHARED_LINEARS,
     known_targets,
     targets_of,
@@ -48,7 +50,7 @@ def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapt
     elif parts == 2:
         sizes = (1, 1)
     present = tuple(any(target.part == i for target in own) for i in range(parts))
-    halves = linear.endswith("linear_fc1") and getattr(language, "gated_linear_unit", True)
+    halves = linear.removesuffix(OF_IMAGES).endswith("linear_fc1") and getattr(language, "gated_linear_unit", True)
     halves = halves or linear.endswith("in_proj")  # what is mixed, and its gate
     return Adapter(lora.rank, lora.alpha / lora.rank, lora.dropout, sizes, present, grouped, halves)
 
@@ -57,7 +59,8 @@ def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, Mod
     """Return the linear layers of a layer, by their last names; None for a model without adapters.
 
     Those of experts, ``experts.linear_fc1`` and ``experts.linear_fc2``, and of shared ones (``shared_experts.``..) are
-    there if they have adapters or are kept in 4 bits; those of attention to pictures under their whole names.
+    there if they have adapters or are kept in 4 bits; those of attention to pictures under their whole names; those for
+    image tokens (``linear_qkv.vision``, ..) where the model has such weights.
     """
     if lora.rank is None:
         return None
@@ -68,11 +71,11 @@ def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, Mod
         changed = adapter is not None or (linear in named and lora.quantize is not None)
         if linear in (*EXPERT_LINEARS, *SHARED_LINEARS) and not changed:
             continue
-        kind = (
-            FrozenColumnParallelLinear
-            if name.endswith(("qkv", "fc1", "linear_q", "linear_kv", "in_proj", "q_proj", "up_proj"))
-            else FrozenRowParallelLinear
-        )
+        if linear in IMAGE_LINEARS and linear not in named:
+            continue
+        last = name.removesuffix(OF_IMAGES)
+        column = last.endswith(("qkv", "fc1", "linear_q", "linear_kv", "in_proj", "q_proj", "up_proj"))
+        kind = FrozenColumnParallelLinear if column else FrozenRowParallelLinear
         params = {"adapter": adapter, "quantize": lora.quantize is not None}
         found[name] = ModuleSpec(module=kind, params=params)
     return found

@@ -53,9 +53,11 @@ def expert_adapter_parameters(language: LanguageConfig, lora: LoraConfig, expert
 def adapter_products(language: LanguageConfig, lora: LoraConfig, tensor: int = 1) -> list[int]:
     """Return the elements of the adapters that each token is multiplied by in one layer, on one rank.
 
-    Of experts those that a token is sent to, shared out over the tensor-parallel ranks, as its copies are.
+    Of experts those that a token is sent to, shared out over the tensor-parallel ranks, as its copies are. A cost has
+    an ``adapter_products`` of its own where not all of ``adapter_parameters`` are.
     """
-    found = decoder_cost(language).adapter_parameters(language, lora, tensor)
+    cost = decoder_cost(language)
+    found = list(getattr(cost, "adapter_products", cost.adapter_parameters)(language, lora, tensor))
     count = getattr(language, "num_moe_experts", None)
     if count is None:
         return found

@@ -16,6 +16,7 @@ from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree
+from megavlm.config.lora import OF_IMAGES
 from megavlm.config.schema import Recipe
 from megavlm.layers.lora import FrozenColumnParallelLinear
 from megavlm.layers.nf4 import quantise
@@ -49,7 +50,7 @@ def load_quantised(checkpoint: Path, module: Any) -> None:
         shape = (linear.output_size, linear.input_size)
         column = isinstance(linear, FrozenColumnParallelLinear)
         # Gate and up are cut each for itself.
-        parts = 2 if name.endswith("fc1") and module.config.gated_linear_unit else 1
+        parts = 2 if name.removesuffix(OF_IMAGES).endswith("fc1") and module.config.gated_linear_unit else 1
         part = shape[0 if column else 1] // parts
         share = part // size
         pieces = [(i * part + rank * share, i * part + (rank + 1) * share) for i in range(parts)]

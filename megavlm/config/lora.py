@@ -52,7 +52,14 @@ CROSS_LINEARS = ("cross_attention.linear_q", "cross_attention.linear_kv", "cross
 LATENT_LINEARS = tuple(f"self_attention.linear_{name}_proj" for name in ("q", "q_up", "kv_up"))
 """Those of latent attention beside ``linear_proj``: to queries, of the stream or of their latent; to keys and values.
 What leads down to a latent, which each tensor-parallel rank has whole, takes no adapter."""
-LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *SHARED_LINEARS, *CROSS_LINEARS, *LATENT_LINEARS, _IN, _STEPS)
+OF_IMAGES = ".vision"
+"""How the name of a linear layer goes on where its second weight, that of image tokens, is meant."""
+IMAGE_LINEARS = tuple(f"{linear}{OF_IMAGES}" for linear in (_QKV, _PROJ, _FC1, _FC2))
+"""Those for image tokens, in layers with weights of their own for them."""
+LINEARS = (
+    *(_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *SHARED_LINEARS, *CROSS_LINEARS, *LATENT_LINEARS, _IN, _STEPS),
+    *IMAGE_LINEARS,
+)
 """The linear layers of the layers of a language model, of all kinds."""
 
 _NUMBER = re.compile(r"\.experts\.(?:local_experts\.(?:\d+|\{\})|experts)\.")
@@ -95,11 +102,6 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
             "layers for adapters; set this to null"
         )
         return
-    if not recipe.model.language.one_weight:
-        yield (
-            f"{_KEY}rank: adapters stand beside layers of one weight, and model.language.visual_expert makes it two;"
-            " set this to null"
-        )
     known = ", ".join(target.path for target in targets)
     if not lora.targets:
         yield f"{_KEY}targets: names no layer; name some of {known}"
@@ -117,7 +119,8 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
             f"{_KEY}train_embeddings alike"
         )
     cost = architecture_named("language", recipe.model.language.preset).cost
-    if lora.train_norms and (recipe.model.language.cross_layers or not hasattr(cost, "norm_weights")):
+    attends = recipe.model.language.cross_layers or recipe.model.language.feature_width
+    if lora.train_norms and (attends or not hasattr(cost, "norm_weights")):
         yield (f"{_KEY}train_norms: which norms learn is known of layers that attend to text alone; set it to false")
     if recipe.checkpoint.load is None:
         yield f"checkpoint.load: {_KEY}rank needs the weights that the adapters are for; name their checkpoint"

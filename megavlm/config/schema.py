@@ -450,7 +450,8 @@ class LoraConfig:
     targets: tuple[str, ...] = ()
     """Layers with adapters, by the ends of their Hugging Face names: of Qwen v1 c_attn, attn.c_proj, w1, w2, mlp.c_proj
     (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (of every
-    expert too; experts.gate_proj: of routed ones; cross_attn.q_proj: of pictures alone); all-linear: all of them."""
+    expert too; experts.gate_proj: of routed ones; cross_attn.q_proj: of pictures alone); of CogVLM
+    language_expert_query_key_value, vision_mlp.up_proj and so on; all-linear: all of them."""
     train_embeddings: bool = False
     """Let the embedding's own weights learn beside the adapters."""
     train_head: bool = False

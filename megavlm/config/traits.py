@@ -111,7 +111,7 @@ class LanguageTraits:
 
     @property
     def one_weight(self) -> bool:
-        """Whether each linear layer of a layer has one weight, beside which an adapter may stand."""
+        """Whether each linear layer of a layer has one weight, whichever token it multiplies."""
         return True
 
     @property

@@ -32,7 +32,8 @@ from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import GatedSum, ResidualMultiplier
 from megavlm.layers.two_way import TwoWayAttention
-from megavlm.layers.visual_expert import TwoKindsColumnLinear, TwoKindsRowLinear, VisualExpertLayer
+from megavlm.layers.visual_expert import VISION, TwoKindsColumnLinear, TwoKindsRowLinear, VisualExpertLayer
+from megavlm.layers.visual_expert_lora import AdaptedTwoKindsColumnLinear, AdaptedTwoKindsRowLinear
 from megavlm.parallel.device import has_kernels, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
 
@@ -357,10 +358,17 @@ def _branch_sum(kind: LayerKind) -> Any:
 
 def _two_kinds_linears(others: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return linear layers with weights for text and for image tokens, of a gated MLP."""
-    assert others is None, "adapters stand beside layers of one weight"
-    gate = ModuleSpec(module=TwoKindsColumnLinear, params={"halves": True})
-    row: dict[str, Any] = {"linear_proj": TwoKindsRowLinear, "linear_fc2": TwoKindsRowLinear}
-    return row | {"linear_qkv": TwoKindsColumnLinear, "linear_fc1": gate}
+    column: Any = TwoKindsColumnLinear if others is None else AdaptedTwoKindsColumnLinear
+    row: Any = TwoKindsRowLinear if others is None else AdaptedTwoKindsRowLinear
+    kinds = {"linear_qkv": column, "linear_proj": row, "linear_fc1": column, "linear_fc2": row}
+    found = {}
+    for name, kind in kinds.items():
+        params: dict[str, Any] = {"halves": True} if name == "linear_fc1" else {}
+        if others is not None:
+            own, image = others[name].params, others[f"{name}.{VISION}"].params
+            params |= {**own, "image_adapter": image["adapter"]}
+        found[name] = ModuleSpec(module=kind, params=params)
+    return found
 
 
 def _engine_linears() -> dict[str, Any]:

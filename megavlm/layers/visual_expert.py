@@ -76,7 +76,7 @@ def kind_rows(packed: PackedSeqParams, device: torch.device) -> KindRows | None:
     return known
 
 
-class _Kinds:
+class TwoKinds:
     """What column- and row-parallel layers with weights for two kinds of tokens share."""
 
     rows: KindRows | None = None
@@ -85,24 +85,29 @@ class _Kinds:
     gradient_accumulation_fusion: bool
     tp_group: Any
 
-    def _both(self, x_S1X: Tensor) -> Tensor:
-        """Return [S, 1, Y] of all positions: of this rank's share of the weights, neither gathered nor reduced."""
-        rows = self.rows
+    def _both(self, x_S1X: Tensor, lows: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+        """Return [S, 1, Y] of all positions: of this rank's share of the weights, neither gathered nor reduced.
+
+        ``lows`` are what the adapters of both kinds made of all positions, if the layer adds it here.
+        """
+        rows, (low, low_image) = self.rows, lows
         if rows is None:
             assert not torch.is_grad_enabled(), "packs with pictures told apart: make_pack(.., spans=spans_of(..))"
-            return self._product(self.weight, x_S1X)
+            return self._product(self, x_S1X, low)
         assert rows.back.numel() == x_S1X.size(0), f"{rows.back.numel()} positions, not {x_S1X.size(0)}"
         wait_for_weights(self.vision)  # which nobody calls
         parts = [
             # Also of no tokens at all: the weights' gradients are then zero, and not missing.
-            self._product(weight, x_S1X.index_select(0, own))
-            for weight, own in ((self.weight, rows.text), (self.vision.weight, rows.image))
+            self._product(linear, x_S1X.index_select(0, own), None if told is None else told.index_select(0, own))
+            for linear, own, told in ((self, rows.text, low), (self.vision, rows.image, low_image))
         ]
         return torch.cat(parts).index_select(0, rows.back)
 
-    def _product(self, weight: Tensor, x: Tensor) -> Tensor:
-        made: Tensor = self._forward_impl(  # type: ignore[attr-defined]
-            input=x, weight=weight, bias=None, gradient_accumulation_fusion=self.gradient_accumulation_fusion,
+    def _product(self, linear: Any, x: Tensor, low: Tensor | None) -> Tensor:
+        """Return what the weight of ``linear``, this layer or its second one, makes of tokens of its kind."""
+        assert low is None, "adapters are those of visual_expert_lora.py"
+        made: Tensor = linear._forward_impl(
+            input=x, weight=linear.weight, bias=None, gradient_accumulation_fusion=self.gradient_accumulation_fusion,
             allreduce_dgrad=False, sequence_parallel=False, grad_output_buffer=None, wgrad_deferral_limit=None,
             tp_group=self.tp_group,
         )  # fmt: skip
@@ -117,7 +122,7 @@ class _Kinds:
         return state | self.vision.sharded_state_dict(f"{prefix}{VISION}.", sharded_offsets, metadata)
 
 
-class TwoKindsColumnLinear(_Kinds, ColumnParallelLinear):
+class TwoKindsColumnLinear(TwoKinds, ColumnParallelLinear):
     """[S, 1, in] (S / TP with sequence parallelism) to [S, 1, out / TP], without a bias.
 
     Args:
@@ -144,13 +149,13 @@ class TwoKindsColumnLinear(_Kinds, ColumnParallelLinear):
 
         Megatron-Core's MLP does itself what gate and up ask of the weight of text.
         """
-        state, key = super().sharded_state_dict(prefix, sharded_offsets, metadata), f"{prefix}{VISION}.weight"
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self._halves:
-            state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
+            cut_in_halves(state, prefix, sharded_offsets)
         return state
 
 
-class TwoKindsRowLinear(_Kinds, RowParallelLinear):
+class TwoKindsRowLinear(TwoKinds, RowParallelLinear):
     """[S, 1, in / TP] to [S, 1, out] (S / TP with sequence parallelism), without a bias."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -164,6 +169,13 @@ class TwoKindsRowLinear(_Kinds, RowParallelLinear):
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(made, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(made, group=self.tp_group), None
+
+
+def cut_in_halves(state: dict[str, Any], prefix: str, sharded_offsets: Any) -> None:
+    """Describe the weight of image tokens as gate and up, of each of which a rank has a share."""
+    key = f"{prefix}{VISION}.weight"
+    if key in state:  # not where it is kept in 4 bits
+        state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
 
 
 class VisualExpertLayer(TransformerLayer):

@@ -89,7 +89,7 @@ def language_kept(
         beside += int(shared * (language.feature_width or language.hidden_size) * kernels.number_bytes)
         if chunk.attending:
             crossed = cost.cross_kept(language, layout, tokens, features, kernels, learns=learns)
-            if adapted:
+            if adapted and not language.feature_width:  # beside text that attention has none
                 crossed += cost.cross_adapters_kept(language, recipe.lora, layout, tokens, features, kernels)
                 crossed -= cost.adapters_kept(language, recipe.lora, layout, tokens, kernels)
     if parallel.recompute_granularity == "full":

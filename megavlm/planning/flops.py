@@ -121,9 +121,9 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: float 
         total += 3 * adapter_flops(model.language, lora, tokens, _seen(model, images))
         # Attention has no weights: its backward pass is that of a model that learns.
         total += language_flops(model.language, 0, squared_lengths)
-        if model.language.cross_layers:
+        if model.language.attending_layers:
             crossed = crossed_work(model, tokens, pictures_of(model, images))
-            total += len(model.language.cross_layers) * int(crossed.attention)
+            total += len(model.language.attending_layers) * int(crossed.attention)
         total += int(lora.train_head) * 2 * tokens * model.language.hidden_size * model.language.vocab_size
     return total
 

@@ -179,6 +179,10 @@ class CogVLM(nn.Module):
         found: Tensor = self.lm_head(self.model.norm(x))
         return found
 
+    def prepare_inputs_for_generation(self, **given: Any) -> dict[str, Any]:
+        """Return what it is given; PEFT asks for it of every causal language model."""
+        return given
+
     def save_pretrained(self, directory: Path) -> Path:
         """Write it with the keys and names of the hub."""
         directory.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from cogagent_models import COGAGENT, AgentSource, CogAgent
 from cogvlm_models import COGVLM, CogSource, CogVLM
@@ -24,12 +25,22 @@ _AGENT_SFT = Stage(
     adam=(0.9, 0.95, 1e-8, 0.1),
 )  # fmt: skip
 _TRAINS = ("connector", "language")
+_LAYERS = tuple(
+    f"{kind}_{name}"
+    for kind in ("language", "vision")
+    for name in ("expert_query_key_value", "expert_dense", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+)
+"""Those for text, and those for image tokens."""
 
 
 def _sft(length: int, tokens: int) -> Stage:
     return Stage(
         _TRAINS, 1e-5, 800, 256, length, tokens, warmup=16, decay=0.05, adam=(0.9, 0.95, 1e-8, 0.1)
     )  # fmt: skip
+
+
+def _adapters(length: int, tokens: int) -> Stage:
+    return replace(_sft(length, tokens), trains=("language",), batch=32, lora=(10, 1))
 
 
 def cogvlm_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFamily]:
@@ -43,7 +54,7 @@ def cogvlm_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFam
             uneven=CogSource(lambda: CogVLM(heads=3, inner=75)),
             others=Lack("it is published with one tower and one language model; other templates: test_cogvlm.py"),
             answers=Lack("Transformers has no class for it: answers are held against the written-out one, in `source`"),
-            lora=Lack("adapters stand beside layers of one weight, and each here has two: refused by name"),
+            lora=_LAYERS,
             presets={
                 "cogvlm_base_224": Published(_COUNT - _TABLE),
                 "cogvlm_base_490": Published(_COUNT),
@@ -51,7 +62,12 @@ def cogvlm_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFam
                 "cogvlm_grounding_generalist": Published(_COUNT),
             },
             built=Lack("no class to build: the counts are those of the published definition, at published sizes"),
-            recipes={"cogvlm_base_490/sft": _sft(1288, 1227), "cogvlm_base_224/sft": _sft(320, 258)},
+            recipes={
+                "cogvlm_base_490/sft": _sft(1288, 1227),
+                "cogvlm_base_224/sft": _sft(320, 258),
+                "cogvlm_base_490/lora": _adapters(1288, 1227),
+                "cogvlm_base_224/lora": _adapters(320, 258),
+            },
             headers=header,
             planner=planner,
         )
@@ -69,10 +85,10 @@ def cogagent_row(header: str, planner: Mapping[str, float]) -> dict[str, WholeFa
             uneven=AgentSource(lambda: CogAgent(heads=3, inner=75, fine=192)),
             others=Lack("it is published with one pair of towers and one language model; templates: test_cogagent.py"),
             answers=Lack("Transformers has no class for it: answers are held against the written-out one, in `source`"),
-            lora=Lack("adapters stand beside layers of one weight, and each here has two: refused by name"),
+            lora=_LAYERS,
             presets={"cogagent_chat": Published(_AGENT_COUNT), "cogagent_vqa": Published(_AGENT_COUNT)},
             built=Lack("no class to build: the counts are those of the published definition, at published sizes"),
-            recipes={"cogagent_chat/sft": _AGENT_SFT},
+            recipes={"cogagent_chat/sft": _AGENT_SFT, "cogagent_chat/lora": replace(_AGENT_SFT, lora=(50, 1))},
             headers=header,
             # Every token is taken to see one picture; here some see none, some two.
             planner={**planner, "operations": 0.07},

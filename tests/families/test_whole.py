@@ -315,14 +315,11 @@ def test_adapters_go_to_peft_and_back(name: str, folder: Path, tmp_path: Path) -
     expected = logits_of(saved, sample, source.image)
     assert (expected - logits_of(base, sample, source.image)).abs().max() > 0.01  # the adapters matter
     command("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
-    plain: Any = source.model
-    if isinstance(plain, PreTrainedModel):  # else it is written out, as there is no class
-        plain = source.loaded(hf)
-    both = PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
-    ids = sample.ids[None]
+    in_class = isinstance(source.model, PreTrainedModel)  # else it is written out, and PEFT puts the adapters into it
+    both = PeftModel.from_pretrained(source.loaded(hf) if in_class else source.model, tmp_path / "peft").eval()
+    given = {"input_ids": sample.ids[None], **sample.given, "attention_mask": torch.ones_like(sample.ids[None])}
     with torch.no_grad():
-        theirs = both(input_ids=ids, **sample.given, attention_mask=torch.ones_like(ids)).logits[0]
-    close(theirs, expected)
+        close(both(**given).logits[0] if in_class else source.logits(sample), expected)
     both.unload()
     command("merge", "--megatron", saved, "--out", tmp_path / "merged")
     close(logits_of(tmp_path / "merged", sample, source.image), expected)

@@ -99,7 +99,7 @@ def published(family: str, config: type[PretrainedConfig], layers: Mapping[int, 
 
 HEADER = (
     r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), "
-    r"(?P<seconds>[\d.]+) s a step, (?P<hours>\d+) GPU hours(?: for \d+ steps)?\. "
+    r"(?P<seconds>[\d.]+) s a step, (?P<hours>[\d.]+) GPU hours(?: for \d+ steps)?\. "
     r"TP (?P<tensor>\d+)(?: x PP (?P<pipeline>\d+))?"
 )
 _ALIGN = Stage(("connector",), 1e-3, 558_000 // 256, 256, 2048, 576, template="llava_plain")

@@ -11,12 +11,11 @@ prepare_device()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from levels_cases import LENGTH, NEW, VOCABULARY  # noqa: E402
+from levels_cases import LENGTH, NEW, VOCABULARY, fill  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from tiles_cases import shared  # noqa: E402
 from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
 
-from megavlm.architectures.adapters import frozen_linears  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
@@ -128,20 +127,6 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
                     number, rest = name.removeprefix("language.decoder.layers.").split(".", 1)
                     gates[f"{int(number) + first}.{rest}"] = parameter.detach().double().flatten()[:4].tolist()
         return {"loss": [one.loss for one in results], "norm": [one.grad_norm for one in results], "gates": gates}
-
-
-@torch.no_grad()
-def fill(module: Any) -> None:
-    """Give the adapters' B values that are the same at every layout, so that all of their gradients count at once."""
-    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-    for number, name, linear in frozen_linears(module.language):
-        if linear.adapter is None:
-            continue
-        own, cut = linear.lora_b, getattr(linear.lora_b, "tensor_model_parallel", False)
-        generator = torch.Generator().manual_seed(100 * number + len(name))
-        whole = torch.randn(own.size(0) * (size if cut else 1), own.size(1), generator=generator) * 0.1
-        halves = whole.chunk(2) if linear.adapter.cut_in_halves else [whole]
-        own.copy_(torch.cat([half.chunk(size)[rank] for half in halves]) if cut else whole)
 
 
 def prompts(made: Recipe) -> list[Prompt]:

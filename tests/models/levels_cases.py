@@ -16,7 +16,9 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from tiles_cases import picture_samples, shared  # noqa: E402
 from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
 
+from megavlm.architectures.adapters import frozen_linears  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
+from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.batch import Pack  # noqa: E402
@@ -59,11 +61,15 @@ GLM = {"preset": "glm4", "rotary_sections": (1, 2, 1)}
 
 
 def recipe(
-    levels: tuple[int, ...] = (1, 2, 0), language: dict[str, Any] = QWEN3, front: Any = None, **parallel: Any
+    levels: tuple[int, ...] = (1, 2, 0),
+    language: dict[str, Any] = QWEN3,
+    front: Any = None,
+    lora: dict[str, Any] | None = None,
+    **parallel: Any,
 ) -> Recipe:
     """Return a model of 4 language layers whose first ones take the outputs of the tower's layers ``levels``.
 
-    ``front`` is what else stands in front of them.
+    ``front`` is what else stands in front of them; with ``lora``, the rest of the model is frozen.
     """
     model = {
         "preset": "tiny",
@@ -75,7 +81,8 @@ def recipe(
         | language,
     } | (front or {})
     data = {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": LENGTH}
-    return tiny_recipe(model=model, data=data, parallel=parallel)
+    frozen = {part: {"freeze": lora is not None} for part in ("vision", "connector")}
+    return tiny_recipe(model=model, data=data, parallel=parallel, lora=lora or {}, modules=frozen)
 
 
 def packs(
@@ -105,10 +112,18 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         weights = Path(job["weights"])
         if not weights.exists():
             checkpoint.save_weights(weights.parent, training.modules, recipe_yaml=to_yaml(made))
-        checkpoint.load(weights, modules=training.modules)
-        training.optimizer.reload_model_params()
-        results = []
-        for step in range(2):
+        if job.get("resumed"):
+            checkpoint.load(
+                Path(job["resumed"]), modules=training.modules, optimizer=training.optimizer,
+                scheduler=training.scheduler,
+            )  # fmt: skip
+        else:
+            checkpoint.load(weights, modules=training.modules)
+            for module in training.modules if made.lora.rank is not None else ():
+                fill(module)
+            training.optimizer.reload_model_params()
+        results, saved = [], None
+        for step in job.get("steps", range(2)):
             rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
             batches = shared(plan, packs(plan, own, 4, step, spans)[rank::size])
             training.scheduler.step(1)
@@ -116,6 +131,12 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         if made.parallel.overlap_param_gather:
             for chunk in training.chunks:  # the last step's weights, which no forward pass waits for
                 chunk.disable_forward_pre_hook(param_sync=True)
+        if job.get("saved"):
+            state = State(
+                training.modules, training.optimizer, training.scheduler, run={"step": 1}, recipe_yaml=to_yaml(made),
+                base=weights,
+            )  # fmt: skip
+            saved = str(Saver(Path(job["saved"]), keep=9).save(state))
         sums = {}
         for module in training.modules:
             for name, parameter in module.named_parameters():
@@ -130,7 +151,22 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
             "norm": [one.grad_norm for one in results],
             "sums": sums,
             "carried": training.modules[0].streams.carried,
+            "saved": saved,
         }
+
+
+@torch.no_grad()
+def fill(module: Any) -> None:
+    """Give the adapters' B values that are the same at every layout, so that all of their gradients count at once."""
+    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    for number, name, linear in frozen_linears(module.language):
+        if linear.adapter is None:
+            continue
+        own, cut = linear.lora_b, getattr(linear.lora_b, "tensor_model_parallel", False)
+        generator = torch.Generator().manual_seed(100 * number + len(name))
+        whole = torch.randn(own.size(0) * (size if cut else 1), own.size(1), generator=generator) * 0.1
+        halves = whole.chunk(2) if linear.adapter.cut_in_halves else [whole]
+        own.copy_(torch.cat([half.chunk(size)[rank] for half in halves]) if cut else whole)
 
 
 def prompts(made: Recipe) -> list[Prompt]:

@@ -74,12 +74,12 @@ def draws(modules: list[Any]) -> dict[str, list[str]]:
 
 
 def replicas_agree(modules: list[Any]) -> bool:
-    """Whether what each tensor-parallel rank has whole is the same on all of them, bit for bit."""
+    """Whether adapters and norms that each tensor-parallel rank has whole are the same on all, bit for bit."""
     mine = "".join(
         digest(parameter)
         for module in modules
         for name, parameter in module.named_parameters()
-        if name.rpartition(".")[2] in LORA and not getattr(parameter, "tensor_model_parallel", False)
+        if (name.rpartition(".")[2] in LORA or "norm" in name) and not getattr(parameter, "tensor_model_parallel", False)
     )
     group = mpu.get_tensor_model_parallel_group()
     found: list[Any] = [None] * group.size()

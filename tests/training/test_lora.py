@@ -53,6 +53,17 @@ FUSED: dict[str, Any] = {
     "lora": SOME | {"targets": ["qkv_proj", "gate_up_proj", "down_proj"]},
     "model": {**GROUPED, "language": {**GROUPED["language"], "preset": "phi3", "tie_word_embeddings": False}},
 }
+# TinyGPT-V's: norms of heads' queries and keys, one behind attention, and weights of all of them that learn.
+NORMS: dict[str, Any] = {
+    **RESUMED,
+    "lora": {"rank": 4, "targets": ["query_key_value", "dense"], "train_norms": True},
+    "modules": FREEZE | {"connector": {"freeze": True}},
+    "model": {
+        **GROUPED,
+        "language": {**GROUPED["language"], "preset": "phi", "layer_names": "phi_fused", "tie_word_embeddings": False}
+        | {"num_query_groups": 8, "qk_layernorm": True, "attention_branch_norm": True},
+    },
+}
 HALF = {**RESUMED, "training": {"train_steps": 2}}
 # Shards of whole groups of 64 x 256 weights at TP 2.
 WIDE: dict[str, Any] = {
@@ -112,6 +123,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     wide = {"base": str(tmp / "c" / "step-00000000"), "fill": True}
     fused = {"base": str(tmp / "d" / "step-00000000"), "fill": True}
     single["fused"] = {"recipe": {**FUSED, "training": {"train_steps": 4}}, **fused}
+    norms = {"base": str(tmp / "e" / "step-00000000"), "fill": True}
+    single["norms"] = {"recipe": {**NORMS, "training": {"train_steps": 4}}, **norms}
     single["qlora"] = {"recipe": QLORA, **wide}
     single["not-quantised"] = {"recipe": SINGLE_WIDE, **wide}
     single["tied"] = {"recipe": TIED, "base": grouped, "fill": True}
@@ -143,14 +156,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     parallel[4]["qlora-bf16-parallel"] = {"recipe": QLORA | BF16 | {"parallel": TP2_PP2_SP}, **wide}
     parallel[4]["qlora-parallel"] = {"recipe": {**QLORA, "parallel": TP2_PP2_SP}, **wide}
     parallel[2]["qlora-tp2"] = {"recipe": {**QLORA, "parallel": TP2}, **wide}
-    half = {**FUSED, "training": {"train_steps": 2}}
+    two_steps = {"training": {"train_steps": 2}}
+    half, half_norms = FUSED | two_steps, NORMS | two_steps
     parallel[4]["fused-first"] = {
         "recipe": {**half, "parallel": TP2_PP2_SP}, **fused, "save": str(tmp / "saved-fused")
+    }  # fmt: skip
+    parallel[4]["norms-first"] = {
+        "recipe": {**half_norms, "parallel": TP2_PP2_SP}, **norms, "save": str(tmp / "saved-norms")
     }  # fmt: skip
     found |= run(tmp, 4, parallel[4])
     parallel[2]["fused-second"] = {
         "recipe": {**half, "parallel": {"pipeline_model_parallel_size": 2}}, "base": fused["base"],
         "load": found["fused-first"]["saved"], "first": 2,
+    }  # fmt: skip
+    parallel[2]["norms-second"] = {
+        "recipe": {**half_norms, "parallel": TP2}, "base": norms["base"], "load": found["norms-first"]["saved"],
+        "first": 2,
     }  # fmt: skip
     parallel[2]["second"] = {
         "recipe": {**HALF, "parallel": TP2},
@@ -184,12 +205,13 @@ def test_a_tied_embedding_learns_on_both_ends(results: Results) -> None:
     assert {"adapters", "embedding"} <= {*results["tied"]["changed"]}
 
 
-@pytest.mark.parametrize(("kind", "whole"), [("", "whole"), ("fused-", "fused")])
+@pytest.mark.parametrize(("kind", "whole"), [("", "whole"), ("fused-", "fused"), ("norms-", "norms")])
 def test_resume_at_another_layout(kind: str, whole: str, results: Results) -> None:
-    """Adapters and optimizer state of TP 2 x PP 2 + SP go on at TP 2, and fused ones at PP 2."""
+    """Adapters and optimizer state of TP 2 x PP 2 + SP go on at TP 2, with norms too, and fused ones at PP 2."""
     first, second = results[f"{kind}first"], results[f"{kind}second"]
     halves = {key: [*first[key], *second[key]] for key in ("loss", "grad_norm")}
     same({**halves, "frozen_same": second["frozen_same"]}, results[whole])
+    assert ("norms" in first["changed"] and "norms" in second["changed"]) == (kind == "norms-")
 
 
 @pytest.mark.parametrize("name", ["qlora-parallel", "qlora-tp2"])

@@ -22,6 +22,13 @@ RECIPES = {
     "codefuse_vl_14b/sft": (
         16, 64.0, 0.05, ("c_attn", "c_proj", "w1", "w2"), 16 * (4 * 5120 + 2 * 5120 + 3 * (5120 + 13696)) * 40,
     ),
+    # Beside the weights of text alone.
+    **{
+        f"cogvlm_base_{side}/lora": (
+            10, 1.0, 0.0, ("language_expert_query_key_value", "language_expert_dense"), 10 * (4 * 4096 + 2 * 4096) * 32
+        )
+        for side in (224, 490)
+    },
     "quickstart_lora": (
         8, 16.0, 0.05, ("c_attn", "attn.c_proj", "w1", "w2", "mlp.c_proj"),
         8 * (4 * 128 + 2 * 128 + 3 * (128 + 352)) * 4,

@@ -7,6 +7,11 @@ and plain torch). Korthikanti et al. (arXiv 2205.05198) count the same for GPT's
 from __future__ import annotations
 
 from megavlm.architectures.cost import FinalParameter, Kernels, LayerPassage, LayerPassing, Shards, Work
+from megavlm.architectures.decoders.decoder.adapter_cost import adapter_parameters as adapter_parameters
+from megavlm.architectures.decoders.decoder.adapter_cost import adapter_products as adapter_products
+from megavlm.architectures.decoders.decoder.adapter_cost import adapter_widths as adapter_widths
+from megavlm.architectures.decoders.decoder.adapter_cost import beside, common_width, inner_width
+from megavlm.architectures.decoders.decoder.adapter_cost import expert_adapter_parameters as expert_adapter_parameters
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
 from megavlm.architectures.decoders.decoder.cross_cost import beside_parameters
 from megavlm.architectures.decoders.decoder.cross_cost import cross_adapter_parameters as cross_adapter_parameters
@@ -18,7 +23,7 @@ from megavlm.architectures.decoders.decoder.cross_cost import cross_parameters a
 from megavlm.architectures.decoders.decoder.cross_cost import cross_work as cross_work
 from megavlm.architectures.decoders.decoder.window_cost import attended as attended
 from megavlm.architectures.decoders.decoder.window_cost import masks_kept
-from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, Target, targets_of
+from megavlm.config.lora import EXPERT_LINEARS, IMAGE_LINEARS, OF_IMAGES
 from megavlm.config.schema import LoraConfig
 
 
@@ -68,11 +73,6 @@ def _norm_vectors(language: DecoderConfig) -> int:
     return 2 if language.normalization == "LayerNorm" else 1
 
 
-def _inner_width(language: DecoderConfig) -> int:
-    """Return what the MLP's first projection gives, in widths of its inside: gate and up, or one."""
-    return 2 if language.gated_linear_unit else 1
-
-
 @with_all_keys
 def final_parameters(language: DecoderConfig, tensor: int) -> list[FinalParameter]:
     """Return what stands behind the layers on one rank, but the output layer's weight."""
@@ -109,9 +109,9 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
         if not shared:
             return shapes
         shapes += [hidden] * int(language.moe_shared_expert_gate)
-        return [*shapes, _inner_width(language) * shared * hidden, shared * hidden]
+        return [*shapes, inner_width(language) * shared * hidden, shared * hidden]
     ffn = language.ffn_hidden_size // tensor
-    inner = _inner_width(language) * ffn
+    inner = inner_width(language) * ffn
     shapes += [hidden, inner, hidden] * int(language.add_bias_linear)
     shapes += [inner * hidden, ffn * hidden]
     expert = [hidden * qkv, queries // tensor * hidden, inner * hidden, ffn * hidden]
@@ -135,92 +135,16 @@ def expert_parameters(language: DecoderConfig, experts: int, tensor: int) -> lis
     if language.num_moe_experts is None:
         return []
     hidden, width = language.hidden_size, language.expert_width // tensor
-    inner = _inner_width(language) * width
+    inner = inner_width(language) * width
     biases = [inner, hidden] * int(language.add_bias_linear)
     return [inner * hidden, width * hidden, *biases] * (language.num_moe_experts // experts)
-
-
-def _common_width(language: DecoderConfig) -> int:
-    """Return the width of the MLP that gets every token of a layer: beside experts, of the shared ones; or 0."""
-    if language.num_moe_experts is None:
-        return language.ffn_hidden_size
-    return language.moe_shared_expert_intermediate_size or 0
 
 
 def _active_width(language: DecoderConfig) -> int:
     """Return the width of all MLPs together that a token goes through in a layer."""
     if language.num_moe_experts is None:
         return language.ffn_hidden_size
-    return language.moe_router_topk * language.expert_width + _common_width(language)
-
-
-def _beside(language: DecoderConfig, lora: LoraConfig, *, experts: bool) -> list[Target]:
-    """Return the layers of one kind's layer that have adapters: of its experts, or all others.
-
-    Not of attention to pictures: that layer's are in ``cross_cost.py``.
-    """
-    own = [target for target in targets_of(lora, language) if target.linear not in CROSS_LINEARS]
-    return [target for target in own if (target.linear in EXPERT_LINEARS) == experts]
-
-
-@with_all_keys
-def expert_adapter_parameters(language: DecoderConfig, lora: LoraConfig, experts: int, tensor: int) -> list[int]:
-    """Return the elements of each adapter parameter of the experts of one language layer on one rank."""
-    if language.num_moe_experts is None:
-        return []
-    assert lora.rank is not None
-    hidden, width, shapes = language.hidden_size, language.expert_width, []
-    for target in _beside(language, lora, experts=True):
-        if target.linear.endswith("linear_fc1"):
-            rows = _inner_width(language) * width if target.parts == 1 else width
-            shapes += [lora.rank * hidden, lora.rank * rows // tensor]
-        else:
-            shapes += [lora.rank * width // tensor, lora.rank * hidden]
-    return shapes * (language.num_moe_experts // experts)
-
-
-@with_all_keys
-def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[int]:
-    """Return the elements of each adapter parameter of one language layer on one rank, but those of experts."""
-    assert lora.rank is not None
-    hidden, width, ffn = language.hidden_size, language.kv_channels, _common_width(language)
-    queries, keys = language.num_attention_heads * width, language.num_query_groups * width
-    shapes = []
-    for target in _beside(language, lora, experts=False):
-        if target.linear.endswith("linear_qkv"):
-            rows = (queries + 2 * keys) if target.parts == 1 else (queries, keys, keys)[target.part]
-            shapes += [lora.rank * hidden, lora.rank * rows // tensor]
-        elif target.linear.endswith("linear_fc1"):
-            rows = _inner_width(language) * ffn if target.parts == 1 else ffn
-            shapes += [lora.rank * hidden, lora.rank * rows // tensor]
-        else:
-            inputs = queries if target.linear.endswith("linear_proj") else ffn
-            shapes += [lora.rank * inputs // tensor, lora.rank * hidden]
-    return shapes
-
-
-@with_all_keys
-def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tuple[int, int]:
-    """Return the numbers of a token that the adapters of one language layer read, and that they add to.
-
-    Of experts, those of all copies that the tensor-parallel ranks have of it.
-    """
-    hidden, ffn = language.hidden_size, _common_width(language) // tensor
-    queries, keys = (
-        n * language.kv_channels // tensor for n in (language.num_attention_heads, language.num_query_groups)
-    )
-    own = [*_beside(language, lora, experts=False), *_beside(language, lora, experts=True)]
-    linears = {target.linear.partition(".")[2] for target in own}
-    widths = {
-        "linear_qkv": (hidden, queries + 2 * keys), "linear_proj": (queries, hidden),
-        "linear_fc1": (hidden, _inner_width(language) * ffn), "linear_fc2": (ffn, hidden),
-    }  # fmt: skip
-    if language.num_moe_experts is not None:
-        widths |= {f"shared_experts.{name}": widths[name] for name in ("linear_fc1", "linear_fc2")}
-        copied, inner = language.moe_router_topk * hidden // tensor, language.moe_router_topk * language.expert_width
-        widths["experts.linear_fc1"] = copied, _inner_width(language) * inner // tensor
-        widths["experts.linear_fc2"] = inner // tensor, copied
-    return sum(widths[name][0] for name in linears), sum(widths[name][1] for name in linears)
+    return language.moe_router_topk * language.expert_width + common_width(language)
 
 
 @with_all_keys
@@ -228,9 +152,9 @@ def linear_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     """Return the elements of a layer's linear weights; of experts, those of the shared ones alone."""
     hidden, queries = language.hidden_size, language.num_attention_heads * language.kv_channels
     qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
-    ffn = _common_width(language) // tensor
-    mlp = [_inner_width(language) * ffn * hidden, ffn * hidden] if ffn else []
-    return [hidden * qkv, queries // tensor * hidden, *mlp]
+    ffn = common_width(language) // tensor
+    mlp = [inner_width(language) * ffn * hidden, ffn * hidden] if ffn else []
+    return [hidden * qkv, queries // tensor * hidden, *mlp] * (1 + int(language.visual_expert))
 
 
 @with_all_keys
@@ -291,7 +215,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         scales = (queries + keys) // language.kv_channels  # one of each head, in fp32
         attention += tokens * scales * 4 * int(not kernels.fused)
     beside = _experts_kept(language, shards, tokens, kernels, learns=learns) if experts else 0
-    return norms + inputs + attention + tokens * _inner_width(language) * ffn * b + beside
+    return norms + inputs + attention + tokens * inner_width(language) * ffn * b + beside
 
 
 def _experts_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
@@ -302,7 +226,7 @@ def _experts_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     b, hidden, count = kernels.number_bytes, language.hidden_size, language.num_moe_experts or 0
     local = tokens // shards.tensor if shards.sequence_parallel else tokens
     here = local * language.moe_router_topk * shards.expert_tensor
-    width, gates = language.expert_width // shards.expert_tensor, _inner_width(language)
+    width, gates = language.expert_width // shards.expert_tensor, inner_width(language)
     # What is multiplied, forward and for the weights: the tokens' copies and the activation, with its weight. In slices
     # (layers/expert_products.py, on CPUs) the activation is made again of what it was made of.
     sliced = _in_slices(language, kernels)
@@ -348,7 +272,7 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
     queries, keys = (n * language.kv_channels // tp for n in (language.num_attention_heads, language.num_query_groups))
     inputs = {
         "linear_qkv": local * language.hidden_size, "linear_proj": tokens * queries,
-        "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * _common_width(language) // tp,
+        "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * common_width(language) // tp,
     }  # fmt: skip
     kept = 0
     if lora.train_norms and not kernels.fused:  # what weights of RMSNorm multiply
@@ -362,13 +286,17 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
     if language.num_moe_experts is not None:  # of the copies of tokens
         copies, width = local * language.moe_router_topk * shards.expert_tensor, language.expert_width
         read = {EXPERT_LINEARS[0]: language.hidden_size, EXPERT_LINEARS[1]: width // shards.expert_tensor}
-        own = _beside(language, lora, experts=True)
+        own = beside(language, lora, experts=True)
         if own and _in_slices(language, kernels):  # which they then are not
             kept += copies * (width // shards.expert_tensor) * b
         kept += sum(copies * read[name] * (b + int(lora.dropout > 0)) for name in {target.linear for target in own})
         kept += len(own) * copies * lora.rank * b
     for name, elements in inputs.items():
-        own = [target for target in _beside(language, lora, experts=False) if target.linear.endswith(name)]
+        own = [
+            target
+            for target in beside(language, lora, experts=False)
+            if target.linear.removesuffix(OF_IMAGES).endswith(name)
+        ]
         if not own:
             continue
         # The fused attention's result is kept as such, and what a router reads, as shared experts do; dropout makes
@@ -377,7 +305,10 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
         there = (routed or (kernels.fused and name == "linear_proj")) and not lora.dropout
         kept += elements * (b * int(not there) + int(lora.dropout > 0))
         column = name in ("linear_qkv", "linear_fc1")
-        kept += len(own) * (tokens if column else local) * lora.rank * b
+        # Of a column's, each kind of tokens has its own; of a row's, all have both.
+        of_images = sum(target.linear in IMAGE_LINEARS for target in own)
+        kinds = max(of_images, len(own) - of_images) if column else len(own)
+        kept += kinds * (tokens if column else local) * lora.rank * b
         rows = sum((queries, keys, keys)[target.part] for target in own)
         if own[0].parts == 3 and _gathered_width(language, tp):  # what multiplies each row of the layer, zeros among it
             kept += (queries + 2 * keys) * len(own) * lora.rank * b
@@ -422,7 +353,7 @@ def layer_passing(
     forward = wide + 2 * stream
     # Backward, beside the gradient of the residual stream: gradients around the activation, less the result that the
     # second product has let go of; then the gradients of the first product's weight and input, less the activation's.
-    inner, gates = tokens * ffn * b, _inner_width(language)
+    inner, gates = tokens * ffn * b, inner_width(language)
     backward = 2 * stream + max((gates + 1) * inner, int(learns) * gates * ffn * hidden * b + wide - inner)
     if lora.rank is not None:  # what adapters add to gate and up, before or after the activation's own gradient
         backward = 2 * stream + (gates + 2) * inner
@@ -444,7 +375,7 @@ def layer_work(language: DecoderConfig, tokens: float, squared_lengths: float) -
     hidden, width = language.hidden_size, language.num_attention_heads * language.kv_channels
     key_value = 2 * language.num_query_groups * language.kv_channels
     weights = hidden * (width + key_value) + width * hidden
-    weights += (_inner_width(language) + 1) * hidden * _active_width(language)
+    weights += (inner_width(language) + 1) * hidden * _active_width(language)
     if language.num_moe_experts is not None:
         shared_gate = int(language.moe_shared_expert_gate)
         router = 2 * tokens * hidden * (language.num_moe_experts + shared_gate)
@@ -467,7 +398,7 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     local = tokens // tp if shards.sequence_parallel else tokens
     rotated = tokens * (width // tp + held) * b
     gathered = tokens * _gathered_width(language, tp) * b
-    ffn_each, queries_each, gates = _active_width(language) / tp, width / tp, _inner_width(language)
+    ffn_each, queries_each, gates = _active_width(language) / tp, width / tp, inner_width(language)
     sent = local * language.moe_router_topk * hidden * b if language.num_moe_experts is not None else 0
     copies = 1 if language.num_moe_experts is None else language.moe_router_topk  # of a token, as its MLPs read them
     # A norm reads and writes, a sum reads two and writes one.

@@ -378,6 +378,12 @@ def _targets(layer_names: str) -> tuple[Target, ...]:
 
 
 @functools.cache
+def _expert_of_images_targets() -> tuple[Target, ...]:
+    """Return the linear layers for text and those for image tokens."""
+    return targets_in(COGVLM_LANGUAGE)
+
+
+@functools.cache
 def _cross_targets() -> tuple[Target, ...]:
     """Return the linear layers of attention to pictures."""
     return tuple(target for target in targets_in(MLLAMA_LANGUAGE) if target.linear in CROSS_LINEARS)
@@ -425,7 +431,9 @@ def _shared_targets(*, gated: bool) -> tuple[Target, ...]:
 
 
 def targets(language: DecoderConfig) -> tuple[Target, ...]:
-    """Return what ``lora.targets`` may name."""
+    """Return what ``lora.targets`` may name; of layers that attend to features beside text, not that attention."""
+    if language.visual_expert:
+        return _expert_of_images_targets()
     found, experts = _targets(language.layer_names), language.expert_layers
     if language.latent_attention:
         found = _latent_targets(down=language.q_lora_rank is not None)
