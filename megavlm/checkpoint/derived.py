@@ -16,6 +16,9 @@ from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.stream import ParameterToWrite, write_checkpoint
 from megavlm.config import yaml12
 
+DERIVED_FROM = "derived_from"
+"""In ``run.json``: the checkpoint that it was made of, which tells what was trained."""
+
 
 def write_derived(checkpoint: Path, out: Path, pieces: Sequence[ParameterToWrite], recipe: Mapping[str, Any]) -> int:
     """Write a checkpoint with no training state, published whole or not at all.
@@ -36,6 +39,7 @@ def write_derived(checkpoint: Path, out: Path, pieces: Sequence[ParameterToWrite
             write_checkpoint(partial, pieces, bar.update)
         assets.inherit(checkpoint, None, partial)
         (partial / "recipe.yaml").write_text(yaml12.dump(tree), encoding="utf-8")
-        (partial / "run.json").write_text(json.dumps(read_run(checkpoint), indent=2), encoding="utf-8")
+        run = {**read_run(checkpoint), DERIVED_FROM: str(checkpoint.absolute())}
+        (partial / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
         manifest.write_manifest(partial, {})
     return total

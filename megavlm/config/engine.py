@@ -74,6 +74,8 @@ def _fusions(recipe: Recipe) -> Iterator[str]:
         yield f"{_KEY}cross_entropy_loss_fusion: needs training.precision bf16; set it to off or auto"
     if engine.cross_entropy_fusion_impl == "te" and engine.cross_entropy_loss_fusion != "on":
         yield f"{_KEY}cross_entropy_fusion_impl: te needs {_KEY}cross_entropy_loss_fusion on; set both"
+    if engine.cross_entropy_loss_fusion == "on" and recipe.loss.z_loss:
+        yield f"{_KEY}cross_entropy_loss_fusion: loss.z_loss has a loss of its own; set it to off or auto, or that to 0"
     language = recipe.model.language
     if engine.apply_rope_fusion == "on" and not language.fused_rotary:
         why = "model.language.rotary_* ask for more"

@@ -131,19 +131,11 @@ def picture_tokens(recipe: Recipe, encoder: str | None = None) -> PictureTokens 
     Args:
         recipe: the run.
         encoder: digest of its encoder; None where its weights are not here.
-
-    Raises:
-        UserError: tokens of pictures are predicted, and these are several views, whose codes are not stored.
     """
     model = recipe.model
     if model.language.picture_tokens is None:
         return None
     if not (plan := plan_of(model)).fixed:
-        if recipe.loss.image_tokens:
-            raise UserError(
-                f"loss.image_tokens: model.image.kind {model.image.kind} makes several views of a picture, whose codes"
-                " are not stored; take crop, or set it to 0"
-            )
         return None
     first, stop = model.language.picture_tokens
     image = image_words(plan, recipe.data.image_alpha)

@@ -407,6 +407,11 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
             f"model.image.kind: {recipe.model.image.kind} has a newline vector, and pictures of the tower"
             f" {vision.preset!r} are codes, of which none is one; choose another image plan"
         )
+    if recipe.loss.image_tokens and vision.codes is not None and not plan.fixed:
+        yield (
+            f"loss.image_tokens: model.image.kind {recipe.model.image.kind} makes several views of a picture, whose"
+            " codes are not stored; take crop, or set it to 0"
+        )
     if recipe.model.language.position_axes > 1 and vision.ungridded is not None:
         yield (
             f"model.vision.{vision.ungridded}: features stand in no grid of rows and columns, as "

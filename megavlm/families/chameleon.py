@@ -42,7 +42,7 @@ def _read(config: Mapping[str, Any], where: str) -> Tree:
     expect(config, where, hidden_act="silu", attention_bias=False, mlp_bias=False)
     behind = flag(config, "swin_norm", where, default=False)
     own = {"pre_layernorms": not behind, "post_layernorms": behind}
-    return {**shape(config, where, "llama"), **own, "image_tokens": _image_tokens(config, where)}
+    return {**shape(config, where, "llama"), **own, "image_tokens": _image_tokens(config, where)[0]}
 
 
 def _write(language: LanguageConfig) -> Tree:
@@ -100,6 +100,8 @@ class ChameleonFamily(Family):
                 f"{where}: vocabulary_map has {stop - first} image tokens, and vq_config {vision['num_codes']} codes"
                 " (num_embeddings); correct one"
             )
+        if order := _image_tokens(config, where)[1]:
+            vision["code_order"] = order
         image = {"kind": "crop", "resample": _filter(source, vision["image_size"])}
         return {"vision": vision, "connector": {"preset": "codes"}, "language": language, "image": image}
 
@@ -112,7 +114,8 @@ class ChameleonFamily(Family):
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return the configuration; of the vocabulary the tokens of pictures alone."""
         vision, (first, stop) = model.vision, model.language.image_tokens
-        names = {_name(number): first + number for number in range(stop - first)}
+        places = vision.code_order or range(stop - first)
+        names = {_name(number): first + place for number, place in enumerate(places)}
         return {
             **CHAMELEON_TEXT.write(model.language),
             "vocabulary_map": {**names, _IMAGE: tokens.get("image", stop)},
@@ -181,27 +184,37 @@ def _name(code: int) -> str:
     return _CODE + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + _END
 
 
-def _image_tokens(config: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """Return the first token of pictures, and the one behind the last.
+def _image_tokens(config: Mapping[str, Any], where: str) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Return the first token of pictures and the one behind the last, and which of them each code is.
+
+    The latter is empty where they follow each other as their codes do. Transformers' ``ChameleonImageVocabularyMapping``
+    goes by the names as well, in any order.
 
     Raises:
-        UserError: they are no run in the order of their codes.
+        UserError: they are no run of tokens, or a code has none.
     """
     names = need(config, "vocabulary_map", where)
     if not isinstance(names, Mapping):
         raise UserError(f"{where}: vocabulary_map is {str(names)[:40]!r}; it must be an object")
     found = {name: token for name, token in names.items() if name.startswith(_CODE)}
-    first = found.get(_name(0))
-    for code in range(len(found)):
-        token = found.get(_name(code))
-        if type(token) is not int or type(first) is not int or token != first + code:
-            raise UserError(
-                f"{where}: vocabulary_map gives {_name(code)}, code {code} of pictures, the token {token}; tokens must"
-                f" follow each other as their codes do, from {_name(0)} on"
-            )
-    if type(first) is not int:
+    if not found:
         raise UserError(f"{where}: vocabulary_map has no image tokens ({_name(0)}, ..); restore the file")
-    return first, first + len(found)
+    tokens = [found.get(_name(code)) for code in range(len(found))]
+    missing = next((code for code, token in enumerate(tokens) if type(token) is not int), None)
+    if missing is not None:
+        raise UserError(
+            f"{where}: vocabulary_map gives {_name(missing)}, code {missing} of pictures, the token {tokens[missing]};"
+            f" the {len(found)} image tokens must be those of as many codes, each a number"
+        )
+    known: list[int] = [token for token in tokens if token is not None]
+    first, stop = min(known), min(known) + len(known)
+    if sorted(known) != list(range(first, stop)):
+        raise UserError(
+            f"{where}: vocabulary_map gives its {len(known)} image tokens numbers from {first} to {max(known)}; they"
+            " must be a run of tokens, in any order, with no other between them and none twice"
+        )
+    order = tuple(token - first for token in known)
+    return (first, stop), (() if order == tuple(range(len(order))) else order)
 
 
 def _tower(visual: Mapping[str, Any], where: str) -> Tree:

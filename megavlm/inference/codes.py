@@ -22,7 +22,7 @@ from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.paths import resolve
 from megavlm.config import architecture as registry
 from megavlm.config.errors import UserError
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.codes import CodesCard, PictureCoder, image_words
 from megavlm.data.decode import PilDecoder
 from megavlm.data.images import ImageError
@@ -152,4 +152,17 @@ def answer_picture(model: Session, asked: Asked, sampling: Sampling) -> NDArray[
     said = model.answer(known, max_new_tokens=count, sampling=replace(sampling, only=tokens))
     chosen = [piece.token for piece in said if piece.token is not None]
     assert len(chosen) == count, "an answer of a picture ended early"
-    return np.asarray(chosen, np.int64) - tokens[0]
+    return codes_of(np.asarray(chosen, np.int64), model.recipe.model)
+
+
+def codes_of(tokens: NDArray[np.int64], model: ModelConfig) -> NDArray[np.int64]:
+    """Return the rows of the published codebook that tokens of pictures mean.
+
+    Args:
+        tokens: of ``model.language.image_tokens``, in any shape.
+        model: the model.
+    """
+    assert model.language.picture_tokens is not None
+    found = tokens - model.language.picture_tokens[0]
+    order = getattr(model.vision, "code_order", ())
+    return np.argsort(np.asarray(order, np.int64))[found] if order else found

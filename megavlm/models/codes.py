@@ -21,6 +21,8 @@ def encoder_digest(vision: torch.nn.Module, model: ModelConfig) -> str:
     """
     settings: Any = model.vision
     digest = hashlib.sha256(repr((settings.image_size, settings.image_mean, settings.image_std)).encode())
+    if order := getattr(settings, "code_order", ()):
+        digest.update(repr(order).encode())
     for name, weight in sorted(vision.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes())

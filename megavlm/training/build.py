@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megavlm.config.schema import Recipe
 from megavlm.models.build import build_model, unwrap
+from megavlm.layers.z_loss import add_z_loss
 from megavlm.models.codes import say_pictures
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.replicas import sum_gradients
@@ -91,6 +92,10 @@ def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:
     chunks = build_model(recipe, image_token_id, vision_apart=apart)
     if recipe.loss.image_tokens:
         say_pictures(chunks, True)
+    if recipe.loss.z_loss:
+        for chunk in chunks:
+            if unwrap(chunk).post_process:
+                add_z_loss(unwrap(chunk).language, recipe.loss.z_loss)
     first = unwrap(chunks[0])
     config = first.config
     ddp_config = DistributedDataParallelConfig(

@@ -21,10 +21,12 @@ VQ: dict[str, Any] = {
 }  # fmt: skip
 
 
-def names_of(first: int) -> dict[str, int]:
-    """Return the tokens of codes by their names."""
+def names_of(first: int, mixed: bool = False) -> dict[str, int]:
+    """Return the tokens of codes by their names; ``mixed`` so that they do not follow each other as their codes do."""
+    places = torch.randperm(CODES, generator=torch.Generator().manual_seed(8)).tolist() if mixed else range(CODES)
     return {
-        "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z": first + code for code in range(CODES)
+        "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z": first + place
+        for code, place in enumerate(places)
     }
 
 
@@ -37,18 +39,19 @@ FILES: dict[str, Any] = {
 """``preprocessor_config.json`` as facebook/chameleon-7b has it, for 16 pixels."""
 
 
-def chameleon(behind: bool = False, first: int = FIRST, image: int = IMAGE) -> PreTrainedModel:
+def chameleon(behind: bool = False, first: int = FIRST, image: int = IMAGE, mixed: bool = False) -> PreTrainedModel:
     """Return a model whose pictures have many codes, and whose norms are no ones and zeros.
 
     Args:
         behind: as the 34B has it: norms behind branches, and keys that queries share.
         first: token of code 0.
         image: token of a slot.
+        mixed: tokens of codes are in another order than the codes.
     """
     own = {"vocab_size": first + CODES + 4, "num_key_value_heads": 2 if behind else 4}
     config = ChameleonConfig(
         **{**_TEXT, **own}, swin_norm=behind, vq_config=VQ,
-        vocabulary_map={"<image>": image, **names_of(first)}, attn_implementation="eager",
+        vocabulary_map={"<image>": image, **names_of(first, mixed)}, attn_implementation="eager",
     )  # fmt: skip
     model = made(ChameleonForConditionalGeneration, config)
     generator = torch.Generator().manual_seed(4)
@@ -101,14 +104,15 @@ class ChameleonSource(TransformersSource):
         }
 
 
-def save(directory: Path, behind: bool = False) -> Path:
+def save(directory: Path, behind: bool = False, mixed: bool = False) -> Path:
     """Write it with its processor's file."""
-    chameleon(behind).save_pretrained(directory)
+    chameleon(behind, mixed=mixed).save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps(FILES))
     return directory
 
 
 CHAMELEON = {
     "chameleon": ("chameleon", save), "chameleon_behind": ("chameleon", functools.partial(save, behind=True)),
+    "chameleon_mixed": ("chameleon", functools.partial(save, mixed=True)),
 }  # fmt: skip
 """Checkpoints: family, and what writes them."""

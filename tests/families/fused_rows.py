@@ -25,6 +25,6 @@ def fused_rows(header: Any, targets: Any, planned: Any) -> dict[str, WholeFamily
         **cobra_rows(header, planned),
         **cogvlm_rows(header, planned),
         **vary_rows(header, planned),
-        **chameleon_rows(targets, planned),
+        **chameleon_rows(targets, header, planned),
         **cogagent_row(header, planned),
     }

@@ -23,11 +23,15 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
+from megavlm.families.known import FAMILIES
 from megavlm.families.presets import expand_presets
+from megavlm.inference.codes import codes_of
 from megavlm.models.build import build_model, unwrap
+from megavlm.models.codes import encoder_digest
 from megavlm.models.fusion import Codes
 from megavlm.parallel.state import process_groups
 
+PLAIN = "model.vision.code_order=[]"
 pytestmark = pytest.mark.family("chameleon")
 
 
@@ -62,6 +66,29 @@ def test_codes_of_pixels_are_those_of_transformers_whoever_is_beside_them(conver
         assert torch.equal(unwrap(chunk).vision(levels), found)
         for number in range(6):
             assert torch.equal(unwrap(chunk).vision(pixels[number : number + 1]), found[:, number : number + 1])
+
+
+def test_tokens_of_codes_in_any_order_are_those_of_transformers(tmp_path: Path) -> None:
+    """Of pixels, and back to codes; what is written anew says the same order. Logits: test_whole.py."""
+    save(tmp_path / "hf", mixed=True)
+    assert main(["convert", "hf-to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "m")]) == 0
+    recipe, theirs = recipe_of(tmp_path, "training.precision=fp32"), chameleon(mixed=True).model
+    pixels = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with process_groups(recipe.parallel, 1), torch.no_grad():
+        (chunk,) = build_model(recipe, IMAGE)
+        load(tmp_path / "m", modules=[unwrap(chunk)])
+        tokens = theirs.get_image_tokens(pixels)
+        assert torch.equal(FIRST + unwrap(chunk).vision(pixels).squeeze(-1).T, tokens)
+        mixed, plain = (
+            encoder_digest(unwrap(chunk).vision, one) for one in (recipe.model, recipe_of(tmp_path, PLAIN).model)
+        )
+    assert mixed != plain  # codes in shards are of one order
+    mapping = theirs.vocabulary_mapping
+    codes = codes_of(tokens.numpy(), recipe.model)
+    assert codes.tolist() == [[mapping.bpe2img[one] for one in row] for row in tokens.tolist()]
+    assert (codes + FIRST != tokens.numpy()).any()
+    written = FAMILIES["chameleon"].config(recipe.model, {"image": IMAGE})["vocabulary_map"]
+    assert written == theirs.config.vocabulary_map
 
 
 def test_codes_are_written_in_their_slots_alone() -> None:
@@ -109,6 +136,12 @@ def test_the_planner_counts_the_tower(converted: Path) -> None:
             ["model.language.num_query_groups=2", "parallel.tensor_model_parallel_size=4"],
             "ranks share no key/value heads",
         ),
+        (["model.vision.code_order=[1, 0]"], "code_order: is not each number from 0 to 39 (num_codes - 1) once"),
+        (["loss.image_tokens=1", "model.image={kind: dynamic_tiles}"], "kind dynamic_tiles makes several views of a"),
+        (
+            ["loss.z_loss=1e-5", "engine.cross_entropy_loss_fusion=on", "training.precision=bf16"],
+            "loss.z_loss has a loss",
+        ),
         (["model.vision.base_width=40"], "base_width: 40 is not a multiple of 32"),
         (["model.vision.image_size=18"], "image_size: 18 is not a multiple of 4"),
         (
@@ -132,8 +165,14 @@ def test_what_does_not_go_with_codes_is_named(words: list[str], line: str, conve
         (
             "config.json",
             {"vocabulary_map": {**NAMES, "IMGIMGDZ": 9}},
-            "gives IMGIMGDZ, code 3 of pictures, the token 9; tokens must follow each other",
+            "gives its 40 image tokens numbers from 9 to 159; they must be a run of tokens",
         ),
+        (
+            "config.json",
+            {"vocabulary_map": {**NAMES, "IMGIMGDZ": "9"}},
+            "code 3 of pictures, the token 9; the 40 image",
+        ),
+        ("config.json", {"vocabulary_map": {**NAMES, "IMGIMGDZ": FIRST}}, "with no other between them and none twice"),
         (
             "config.json",
             {"vocabulary_map": {name: token for name, token in NAMES.items() if token < FIRST + CODES - 1}},

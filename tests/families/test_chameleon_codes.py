@@ -31,7 +31,7 @@ from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.codes import CARD, check_codes, picture_tokens, read_card
 from megavlm.data.energon_dataset import PackEncoder, RawSample
-from megavlm.data.media import plan_of
+from megavlm.data.media import plan_kinds, plan_of
 from megavlm.data.shard_reader import open_shards
 from megavlm.data.tokenizer import tokenizer_of
 from megavlm.families.presets import expand_presets
@@ -369,10 +369,31 @@ def test_what_codes_do_not_go_with_is_said_before_training(made: Made, capsys: p
     ):
         assert main(words) == 2 and line in capsys.readouterr().err
     assert not Path(out).exists()
-    with pytest.raises(UserError, match=re.escape("model.image.kind dynamic_tiles makes several views")):
-        picture_tokens(made.recipe("loss.image_tokens=1", "model.image={kind: dynamic_tiles}"))
     with pytest.raises(UserError, match=re.escape("loss.image_tokens: pictures of the tower")):
         check_recipe(load_recipe("llava_1_5_7b/sft", ["loss.image_tokens=1"], expand_presets))
+
+
+def test_several_views_of_a_picture_are_refused_by_the_recipe(made: Made) -> None:
+    """Whatever image plan makes them of this tower; not when data is opened."""
+    several = []
+    for kind, one in plan_kinds().items():
+        recipe = made.recipe("loss.image_tokens=1", f"model.image={{kind: {kind}}}")
+        try:
+            fixed = plan_of(recipe.model).fixed
+        except UserError:
+            continue  # a plan that wants keys of its own, or another tower
+        assert fixed == one.plan.fixed
+        line = (
+            f"loss.image_tokens: model.image.kind {kind} makes several views of a picture, whose codes are not stored"
+        )
+        try:
+            check_recipe(recipe)
+            found = ""
+        except UserError as error:
+            found = str(error)
+        assert (line in found) is not fixed, (kind, found)
+        several += [] if fixed else [kind]
+    assert {"dynamic_tiles", "anyres"} <= set(several)
 
 
 @pytest.mark.long

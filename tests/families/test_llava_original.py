@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from family_cases import _TEXT, clip_vision, llava, llava_layers, llava_original, load, original_name, vicuna
 from family_cases import write as write_directory
 from hf_makers import Canary
@@ -151,6 +153,37 @@ def test_a_tower_that_is_apart_stays_apart_until_it_learns(
     assert json.loads((inside / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
     assert any("vision_tower" in name for name in tensors(trained))
     assert json.loads((trained / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
+
+
+def stage(checkpoint: Path, out: Path, load: Path, *, freeze: bool) -> Path:
+    """Return what a run of 5 steps would have left that began with ``load``."""
+    shutil.copytree(checkpoint, out)
+    tree = yaml.safe_load((out / "recipe.yaml").read_text())
+    tree["modules"] = {**(tree.get("modules") or {}), "vision": {"freeze": freeze}}
+    tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(load)}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    (out / "run.json").write_text(json.dumps({"step": 5}))
+    return out
+
+
+def test_a_tower_that_an_earlier_stage_trained_goes_home(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last stage freezes it; the files without a tower would name the one from before all of them."""
+    source = llava_original(tmp_path / "hf", tower=False)
+    base = convert_in(tmp_path / "base", "--hf", source)
+    moved = base.rename(tmp_path / "moved")  # its recipe names the place where it was
+    never = stage(moved, tmp_path / "never", moved, freeze=True)
+    assert not any("vision_tower" in name for name in tensors(convert_out(never, tmp_path / "a")))
+    first = stage(moved, tmp_path / "first", moved, freeze=False)
+    second = stage(first, tmp_path / "second", first, freeze=True)
+    back = convert_out(second, tmp_path / "b")
+    assert any("vision_tower" in name for name in tensors(back))
+    assert json.loads((back / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
+    words = ["--megatron", second, "--family", "llava_original_apart", "--out", tmp_path / "c"]
+    assert main(["convert", "megatron-to-hf", *map(str, words)]) == 2
+    assert "--family llava_original_apart: the tower learned" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+    shutil.rmtree(first)  # then nobody can tell
+    assert any("vision_tower" in name for name in tensors(convert_out(second, tmp_path / "d")))
 
 
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])

@@ -231,4 +231,4 @@ def test_adapters_in_the_trainers_file(tmp_path: Path, capsys: pytest.CaptureFix
     torch.save(other, tmp_path / "other.pth")
     line = refused(capsys, "hf-to-megatron", "--adapter", tmp_path / "other.pth", "--base", tmp_path / "m",
                    "--out", tmp_path / "no")  # fmt: skip
-    assert "other.pth: what it holds of the projection is not what" in line
+    assert "other.pth: what it holds of the projection (llama_proj.weight) is not what" in line

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint import assets
+from megavlm.checkpoint.base import RECORD, holds_adapters
+from megavlm.checkpoint.derived import DERIVED_FROM
 from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.trained import was_trained
-from megavlm.checkpoint.paths import read_tree
+from megavlm.checkpoint.paths import read_run, read_tree, resolve
 from megavlm.config.architecture import architecture_of
+from megavlm.config.errors import UserError
 from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree
 from megavlm.config.json_object import read_json
@@ -21,6 +24,7 @@ from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family, Tower
 from megavlm.families.known import FAMILIES
 from megavlm.families.towers import transformers_vision
+from megavlm.weights.kinds import holds_model
 from megavlm.weights.source import CONFIG
 
 
@@ -66,9 +70,47 @@ def without_slot(
 
 
 def tower_learnt(checkpoint: Path) -> bool:
-    """Whether a training changed the tower."""
-    modules = (read_tree(checkpoint).get("modules") if (checkpoint / "recipe.yaml").is_file() else None) or {}
-    return was_trained(checkpoint) and not (modules.get("vision") or {}).get("freeze", False)
+    """Whether a training changed the tower: this one, or one whose weights it began with.
+
+    Where one of these is no longer there, nobody knows: the tower then counts as changed, so that it is not lost.
+    """
+    seen: set[Path] = set()
+    here: Path | None = checkpoint
+    while here is not None:
+        seen.add(here.resolve())
+        if not (here / "recipe.yaml").is_file():
+            return False
+        tree, run = read_tree(here), read_run(here)
+        frozen = ((tree.get("modules") or {}).get("vision") or {}).get("freeze", False)
+        if int(run.get("step") or 0) > 0 and not frozen:
+            return True
+        if "converted_from" in run:
+            return False
+        before = str(run[DERIVED_FROM]) if DERIVED_FROM in run else (tree.get("checkpoint") or {}).get("load")
+        if holds_adapters(here):
+            before = read_json(here / RECORD).get("base")
+        if before is None or holds_model(Path(before)):
+            return False
+        try:
+            here = resolve(Path(before))
+        except FileNotFoundError:
+            return True
+        if here.resolve() in seen:  # merged before what it was made of was kept
+            return True
+    return False
+
+
+def check_tower_kept(checkpoint: Path, family: Family) -> None:
+    """Check that a tower that learned is written.
+
+    Raises:
+        UserError: the family's files only name one.
+    """
+    if family.with_tower_trained and tower_learnt(checkpoint):
+        raise UserError(
+            f"--family {family.name}: the tower learned, and the family's files only name one; take --family "
+            f"{family.with_tower_trained}, which holds it"
+        )
 
 
 def differing(part: str, model: ModelConfig, other: ModelConfig) -> list[str]:

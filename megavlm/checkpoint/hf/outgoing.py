@@ -19,7 +19,7 @@ from megavlm.checkpoint import assets
 from megavlm.checkpoint.ahead import ReadAhead
 from megavlm.checkpoint.finite import narrowed
 from megavlm.checkpoint.hf.given import make_model
-from megavlm.checkpoint.hf.kin import Kin, differing, kin_of, tower_learnt, without_slot
+from megavlm.checkpoint.hf.kin import Kin, check_tower_kept, differing, kin_of, tower_learnt, without_slot
 from megavlm.checkpoint.hf.pickled import write_pickle, write_pieces
 from megavlm.checkpoint.hf.rule_writing import RuleToWrite, number_type, rule_entries
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
@@ -130,12 +130,10 @@ def export(
     if family_name is None and came is not None and came.with_tower_trained and tower_learnt(checkpoint):
         name = came.with_tower_trained  # the tower that is named elsewhere is not this one any more
     family = choose_family(name, model, [part for part in MODULES if part in branches], asked=family_name is not None)
+    check_tower_kept(checkpoint, family)
     original = record.get("family") == family.name
     came_with = record["style"] if original and record.get("style") in family.styles else family.style_for(model)
-    style = names or came_with
-    if style not in family.styles:
-        known = ", ".join(family.styles) if len(family.styles) > 1 else f"{came_with} alone"
-        raise UserError(f"--names {style}: the tensors of {family.title} are named as {known}")
+    style = _checked_style(names or came_with, family, came_with)
     model = without_slot(checkpoint, family, model, record, template_name(checkpoint), original=original)
     kin = None if original else kin_of(checkpoint, family, model, record)
     reader = open_reader(checkpoint, base)
@@ -176,6 +174,18 @@ def export(
                 _verify(source, rules, reader, result.bytes)
             result.verified = checked
     return result
+
+
+def _checked_style(style: str, family: Family, came_with: str) -> str:
+    """Return a naming of the family's tensors.
+
+    Raises:
+        UserError: it has no such.
+    """
+    if style not in family.styles:
+        known = ", ".join(family.styles) if len(family.styles) > 1 else f"{came_with} alone"
+        raise UserError(f"--names {style}: the tensors of {family.title} are named as {known}")
+    return style
 
 
 def _write_all(writer: FolderedWriter, tensors: Iterable[tuple[str, Tensor]], size: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from megavlm.checkpoint.base import RECORD, holds_adapters, record
 from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf.outgoing import PLANS, choose_family, model_branches
 from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
-from megavlm.checkpoint.hf.peft_minigpt import read_minigpt
+from megavlm.checkpoint.hf.peft_minigpt import lost_beside, read_minigpt
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
 from megavlm.checkpoint.merged import recipe_branches
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
-from megavlm.checkpoint.slots import find_slots
+from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
@@ -37,15 +37,19 @@ from megavlm.config.json_object import read_json
 from megavlm.config.lora import EXPERT_LINEARS, known_targets, linear_of
 from megavlm.config.schema import LoraConfig, ModelConfig
 from megavlm.families.family import Family
-from megavlm.layers.lora import Adapter
+from megavlm.layers.lora import LORA, Adapter
 from megavlm.weights.kinds import what_is
 from megavlm.weights.pickles import load_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 """PEFT's file of weights before 0.6."""
-_APART = "non_lora_trainables.bin"
-"""Where LLaVA's trainer puts what it trained beside the adapters."""
+_KEPT = (".bin", ".pt", ".pth", ".safetensors")
+"""Ends of files of weights; LLaVA's trainer puts what it trained beside the adapters into non_lora_trainables.bin."""
+_STATE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?|random_states(_\d+)?)\.(bin|pt|pth)")
+"""What Transformers' trainer keeps of itself."""
+_XTUNER = ("visual_encoder_adapter", "projector")
+"""Folders that xtuner writes beside the one of a language model's adapters."""
 _PREFIX = "base_model.model."
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WHOLE = {"train_embeddings": "language.embedding.word_embeddings.weight", "train_head": "language.output_layer.weight"}
@@ -137,6 +141,7 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
     tensors: dict[str, Tensor] = {}
     targets: list[str] = []
     whole: list[str] = []
+    taken: set[str] = set()
     with alone():
         slots = find_slots(model, ["language"], lora)
         family = _family(model, checkpoint, family_name)
@@ -146,7 +151,8 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         for layer in layers:
             adapter = adapter_of(layer.linear, model.language, lora)
             if adapter is not None:
-                a, b = (reader.read(slots[f"{layer.ours}.{name}"]) for name in ("lora_a", "lora_b"))
+                taken |= {f"{layer.ours}.{name}" for name in LORA}
+                a, b = (reader.read(slots[f"{layer.ours}.{name}"]) for name in LORA)
                 for name, low, up in _to_theirs(layer, adapter, a, b):
                     targets.append(name)
                     tensors[f"{_PREFIX}{name}.lora_A.weight"] = low.clone()
@@ -154,8 +160,10 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         for key, ours in _WHOLE.items():
             if getattr(lora, key):
                 theirs = next(rule.row.theirs[0] for rule in rules if rule.row.ours == (ours,))
+                taken.add(ours)
                 tensors[_PREFIX + theirs] = reader.read(slots[ours]).clone()
                 whole.append(theirs.removesuffix(".weight").rpartition(".")[2])
+        _check_all(checkpoint, reader, slots, taken)
     config: dict[str, Any] = {
         "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": base_name, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_alpha": lora.alpha,
@@ -171,6 +179,22 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         (partial / WEIGHTS).write_bytes(written)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return len(tensors)
+
+
+def _check_all(checkpoint: Path, reader: CheckpointReader, slots: Mapping[str, Slot], taken: Set[str]) -> None:
+    """Refuse a checkpoint of which something would not be written, whatever it is.
+
+    Raises:
+        UserError: naming the first such parameter.
+    """
+    there = reader.tensors()
+    left = [name for name, slot in slots.items() if slot.key in there and name not in taken]
+    left += sorted(set(there) - {slot.key for slot in slots.values()})
+    if left:
+        raise UserError(
+            f"{checkpoint}: {left[0]} learned, for which the family has no place in PEFT's format; export whole "
+            "weights, without --adapter"
+        )
 
 
 def _check_experts(checkpoint: Path, layers: Sequence[_Layer], model: ModelConfig, lora: LoraConfig) -> None:
@@ -236,7 +260,9 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     if holds_adapters(base) or trained.rank is not None:
         raise UserError(f"{base}: holds adapters itself; name the checkpoint of whole weights")
     with alone():
-        _check_beside(where, beside, base, model)
+        lost = next(lost_beside(where, beside, base, model, _family(model, base, None)), None) if beside else None
+        if lost is not None:
+            raise UserError(lost)
         rules, left = _named(where, tensors, _namings(model, base))
         lora, made = _plan(where, settings, left, model, rules)
         slots = find_slots(model, ["language"], lora)
@@ -252,23 +278,6 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
             write_checkpoint(partial, pieces, lambda _: None)
             _write_rest(base, partial, lora)
     return len(tensors)
-
-
-def _check_beside(where: Path, beside: Mapping[str, Any], base: Path, model: ModelConfig) -> None:
-    """Check that what a file holds beside its adapters is what the base has.
-
-    Raises:
-        UserError: it is something else, which would be lost.
-    """
-    slots = find_slots(model, ["connector", "language"]) if beside else {}
-    for name, value in beside.items():
-        own = CheckpointReader(base).read(slots[name]) if name in slots else None
-        if own is None or own.shape != value.shape or not torch.equal(own.float(), value.float()):
-            what = "the projection" if name.startswith("connector.") else f"the norm {name}"
-            raise UserError(
-                f"{where}: what it holds of {what} is not what {base} has, and adapters cannot hold it; convert"
-                " the directory of the model with this file in it, and name that as --base"
-            )
 
 
 def _read(directory: Path) -> tuple[Path, Settings, dict[str, Tensor], dict[str, Any]]:
@@ -288,11 +297,19 @@ def _read(directory: Path) -> tuple[Path, Settings, dict[str, Tensor], dict[str,
             f"{directory}: has no {CONFIG}, so it is no adapter of PEFT{f'; it is {there}' if there else ''}"
         )
     settings = read_settings(read_json(directory / CONFIG), directory / CONFIG)
-    if (directory / _APART).is_file():
-        raise UserError(
-            f"{directory / _APART}: holds what was trained beside the adapters, which would be lost; merge both into "
-            "their base where they were made, and convert that"
-        )
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _KEPT and path.name not in (WEIGHTS, _PICKLE) and not _STATE.fullmatch(path.name):
+            raise UserError(
+                f"{path}: holds what was trained beside the adapters, or a base, which would be lost; merge both into "
+                "their base where they were made, and convert that, or move it elsewhere if it is the base as it was"
+            )
+    for name in _XTUNER if directory.name == "llm_adapter" else ():
+        if (directory.parent / name).is_dir():
+            raise UserError(
+                f"{directory.parent / name}: xtuner trained it together with {directory.name}, and adapters of the"
+                " language model cannot hold it; make a base of it, and of both base models, with megavlm convert"
+                " hf-to-megatron, and move it elsewhere"
+            )
     where, tensors = _read_tensors(directory)
     return where, settings, tensors, {}
 

@@ -138,6 +138,7 @@ class VQGAN(MegatronModule):
         self._normalise = Normaliser(vision.image_mean, vision.image_std)
         self.encoder = Encoder(vision, context.dtype)
         self.quant_conv = nn.Conv2d(vision.latent_width, vision.code_width, 1, dtype=context.dtype)
+        self._order_K = torch.tensor(vision.code_order, device="cpu") if vision.code_order else None
         self.codebook = nn.Embedding(vision.num_codes, vision.code_width, dtype=context.dtype)
         self.requires_grad_(False)
 
@@ -149,9 +150,10 @@ class VQGAN(MegatronModule):
             images_NCHW: [N, 3, H, W], uint8 (0..255), or floating point where already normalised.
 
         Returns:
-            [P, N, 1] int64 codes: the rows of the codebook that are nearest.
+            [P, N, 1] int64: which tokens of pictures the rows of the codebook are that are nearest (``code_order``).
         """
-        return torch.cat([self._codes(part) for part in images_NCHW.split(_AT_ONCE)], dim=1)
+        codes_PN1 = torch.cat([self._codes(part) for part in images_NCHW.split(_AT_ONCE)], dim=1)
+        return codes_PN1 if self._order_K is None else self._order_K.to(codes_PN1.device)[codes_PN1]
 
     def _codes(self, images_NCHW: Tensor) -> Tensor:
         pixels = self._normalise(images_NCHW, self.quant_conv.weight.dtype)

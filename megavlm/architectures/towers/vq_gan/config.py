@@ -38,6 +38,9 @@ class VQGANConfig(VisionConfig):
     """Width of a code's vector."""
     num_codes: int = Field(gt=1, le=10_000_000)
     """Rows of the codebook."""
+    code_order: tuple[int, ...] = ()
+    """For each code, in the order of the codebook, which of model.language.image_tokens it is, from 0; empty where they
+    follow each other as their codes do. A checkpoint's vocabulary_map says it."""
     image_mean: Annotated[tuple[float, float, float], Meaning.PIXELS] = (_PIXELS, _PIXELS, _PIXELS)
     """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is Chameleon's processor's."""
     image_std: Annotated[tuple[float, float, float], Meaning.PIXELS] = (_PIXELS, _PIXELS, _PIXELS)
@@ -88,6 +91,11 @@ def rules(vision: VQGANConfig, layout: ParallelConfig) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""
     if min(vision.image_std) <= 0:
         yield f"{_OWN}.image_std: {list(vision.image_std)} must be above 0, as pixels are divided by it; correct it"
+    if vision.code_order and sorted(vision.code_order) != list(range(vision.num_codes)):
+        yield (
+            f"{_OWN}.code_order: is not each number from 0 to {vision.num_codes - 1} (num_codes - 1) once; take what the"
+            " conversion wrote, or leave it out"
+        )
     levels = len(vision.width_multipliers)
     if levels > 12 or min(vision.width_multipliers) < 1 or max(vision.width_multipliers) > 1000:
         yield (
