@@ -115,13 +115,12 @@ def add_outgoing(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes (default 5)"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
-    parser.add_argument(
-        "--adapter", action="store_true", help="write the adapters alone, in PEFT's format (default: whole weights,"
-        " with the adapters merged in)"
-    )  # fmt: skip
-    parser.add_argument(
-        "--base-name", default="", metavar="NAME", help="with --adapter: what PEFT's base_model_name_or_path is to say"
-    )
+    words = "write the adapters alone, in PEFT's format (default: whole weights, with the adapters merged in)"
+    parser.add_argument("--adapter", action="store_true", help=words)
+    words = "with --adapter: what PEFT's base_model_name_or_path is to say"
+    parser.add_argument("--base-name", default="", metavar="NAME", help=words)
+    words = "with --adapter: experts' are for one tensor of all, as Transformers 5 has it (default: if published so)"
+    parser.add_argument("--stacked-experts", action="store_true", help=words)
     _add_base(parser)
     parser.set_defaults(run=run_outgoing)
 
@@ -458,8 +457,9 @@ def run_outgoing(args: argparse.Namespace) -> int:
     if args.max_shard_size <= 0:
         raise UserError(f"--max-shard-size must be above 0, not {args.max_shard_size:g}")
     path = resolve(args.megatron)
-    if args.base_name and not args.adapter:
-        raise UserError("--base-name: goes with --adapter")
+    for name in ("base_name", "stacked_experts"):
+        if getattr(args, name) and not args.adapter:
+            raise UserError(f"--{name.replace('_', '-')}: goes with --adapter")
     if args.names is not None and args.adapter:
         raise UserError("--names: PEFT's adapters have the names of Transformers' modules; leave it out, or --adapter")
     if not args.adapter:
@@ -470,8 +470,8 @@ def run_outgoing(args: argparse.Namespace) -> int:
     if args.adapter:
         from megavlm.checkpoint.hf.peft import export_adapter  # noqa: PLC0415
 
-        count = export_adapter(path, args.out, family_name=args.family, base_name=args.base_name)
-        logger.info("wrote %s: %d tensors", args.out, count)
+        own = {"family_name": args.family, "base_name": args.base_name, "stacked": args.stacked_experts}
+        logger.info("wrote %s: %d tensors", args.out, export_adapter(path, args.out, **own))
         return 0
     from megavlm.checkpoint.hf.outgoing import DTYPES, export  # noqa: PLC0415
 

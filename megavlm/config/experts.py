@@ -41,12 +41,6 @@ def expert_rules(recipe: Recipe) -> Iterator[str]:
         yield "engine.cuda_graph_impl: how many tokens an expert gets changes with each step; set it to none"
     if parallel.vision_placement == "all_ranks":
         yield "parallel.vision_placement: all_ranks is not proven with experts; set it to first_stage"
-    if experts_span_replicas(parallel) and recipe.logging.panel_interval is not None:
-        yield (
-            f"logging.panel_interval: one replica answers, and where {EP} x ranks of an expert"
-            f" ({parallel.expert_model_parallel_size * parallel.expert_tensor_ranks}) does not divide its ranks of a"
-            f" stage ({_ranks_of_a_stage(parallel)}), others hold some of its experts; set it to null"
-        )
     yield from _adapters(recipe)
 
 

@@ -89,10 +89,12 @@ def replicas_share_experts() -> bool:
 def from_first_replica(value: torch.Tensor) -> torch.Tensor:
     """Hand the first replica's ``value`` to all, where replicas share experts; theirs is overwritten.
 
-    They compute the same, but not to the last bit.
+    They compute the same, but not to the last bit. Nor do the context-parallel ranks of one that share its experts.
     """
-    if replicas_share_experts():
-        group = mpu.get_data_parallel_group()
+    if mpu.get_expert_model_parallel_world_size() == 1:
+        return value
+    group = data_group() if replicas_share_experts() else mpu.get_context_parallel_group()
+    if group.size() > 1:
         dist.broadcast(value, dist.get_global_rank(group, 0), group=group)
     return value
 

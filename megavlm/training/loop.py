@@ -45,7 +45,15 @@ from megavlm.models.fusion import NEWLINE
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.lock import LockView
-from megavlm.parallel.state import agreed, any_rank, any_rank_of, from_first_rank, is_lost_peer, is_reader
+from megavlm.parallel.state import (
+    agreed,
+    any_rank,
+    any_rank_of,
+    from_first_rank,
+    is_lost_peer,
+    is_reader,
+    replicas_share_experts,
+)
 from megavlm.planning.weighing import weigher_of
 from megavlm.training.build import build_training
 from megavlm.training.graphs import LayerGraphs
@@ -231,8 +239,9 @@ class Trainer:
         picture = None
         # Where parameters are gathered during the forward pass, all replicas take part in that.
         with self.training.settled():
-            if mpu.get_data_parallel_rank() == 0:
-                packs = self.held_out[0].packs
+            first = mpu.get_data_parallel_rank() == 0
+            if first or replicas_share_experts():
+                packs = self.held_out[0].packs if first else None
                 picture = answer_panel(self.training.chunks, packs, self.recipe, self.tokenizer, self.family)
         picture = from_first_rank(picture)
         if picture is not None:

@@ -40,7 +40,14 @@ from megavlm.inference.boxes import box_space
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import is_first_stage, is_reader, replica_group, stage_group
+from megavlm.parallel.state import (
+    data_group,
+    is_first_stage,
+    is_logging_rank,
+    replica_group,
+    replicas_share_experts,
+    stage_group,
+)
 
 _SMALLEST_PICTURE = 224
 
@@ -89,19 +96,42 @@ def answer_panel(
     chunks: Sequence[Any], packs: Sequence[ReadPack] | None, recipe: Recipe, tokenizer: Tokenizer,
     family: Family | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Answer held-out questions and draw them; a collective over the ranks of one data-parallel replica.
-
-    Context-parallel ranks all do the same here: prompts and answers are not cut.
+    """Answer held-out questions and draw them; a collective as :func:`answer_held_out`.
 
     Args:
         chunks: the model chunks of this rank.
-        packs: on the reader rank, held-out packs.
+        packs: on the job's first rank, held-out packs.
         recipe: the run.
         tokenizer: its tokenizer.
         family: whose checkpoint the run came from, which says what boxes count; None where it is not known.
 
     Returns:
-        [H, W, 3] uint8 on the reader rank; None on the others, and where no question fits.
+        [H, W, 3] uint8 on the job's first rank; None on the others, and where no question fits.
+    """
+    questions, answers = answer_held_out(chunks, packs, recipe, tokenizer)
+    if not is_logging_rank() or not questions:
+        return None
+    codes, pairs = recipe.model.language.picture_tokens, zip(questions, answers, strict=True)
+    space = box_space(family, recipe.model)
+    items = [panel_item(question, answer, tokenizer, space, codes) for question, answer in pairs]
+    return torch.from_numpy(np.array(draw_panel(items)))
+
+
+def answer_held_out(
+    chunks: Sequence[Any], packs: Sequence[ReadPack] | None, recipe: Recipe, tokenizer: Tokenizer
+) -> tuple[list[HeldOutQuestion], list[list[int]]]:
+    """Answer held-out questions; a collective over the ranks of the first replica, or of all that share experts.
+
+    Context-parallel ranks all do the same here, and replicas that share experts: prompts and answers are not cut.
+
+    Args:
+        chunks: the model chunks of this rank.
+        packs: on the job's first rank, held-out packs.
+        recipe: the run.
+        tokenizer: its tokenizer.
+
+    Returns:
+        The questions, with pixels on the first stage, and token ids of their answers, on all these ranks.
     """
     settings = recipe.logging
     room = recipe.data.sequence_length - settings.panel_max_new_tokens
@@ -119,12 +149,7 @@ def answer_panel(
         vocab_size=tokenizer.vocab_size,
         pack_length=recipe.data.sequence_length,
     )
-    if not is_reader() or not questions:
-        return None
-    codes, pairs = recipe.model.language.picture_tokens, zip(questions, answers, strict=True)
-    space = box_space(family, recipe.model)
-    items = [panel_item(question, answer, tokenizer, space, codes) for question, answer in pairs]
-    return torch.from_numpy(np.array(draw_panel(items)))
+    return questions, answers
 
 
 def _views(shapes: Sequence[ImageShape | FilmShape], plan: ImagePlan) -> list[int] | None:
@@ -144,10 +169,12 @@ def _arrangement(question: HeldOutQuestion, plan: ImagePlan) -> Arrangement | No
 
 
 def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQuestion]:
-    """Hand the reader's questions to the ranks of its replica; pixels to the first stage only."""
-    group = replica_group()
+    """Hand the first rank's questions to its replica, and to all that share experts; pixels to the first stage only."""
+    # Through the replica, and from there to those ranks of the others that have the same place in theirs.
+    others = (data_group(),) if replicas_share_experts() else ()
     box: list[Any] = [[(question.prompt, question.expected, question.shapes) for question in questions]]
-    dist.broadcast_object_list(box, dist.get_process_group_ranks(group)[0], group=group)
+    for group in (replica_group(), *others):
+        dist.broadcast_object_list(box, dist.get_process_group_ranks(group)[0], group=group)
     if not is_first_stage():
         return [HeldOutQuestion(prompt, expected, None, shapes) for prompt, expected, shapes in box[0]]
     rows = [(len(shapes), _views(shapes, plan)) for _, _, shapes in box[0]]
@@ -156,8 +183,8 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
     if questions:
         pixels = torch.cat([question.pixels for question in questions if question.pixels is not None])
     pixels = pixels.to(local_device())
-    if len(pixels):
-        dist.broadcast(pixels, dist.get_process_group_ranks(stage_group())[0], group=stage_group())
+    for group in (stage_group(), *others) if len(pixels) else ():
+        dist.broadcast(pixels, dist.get_process_group_ranks(group)[0], group=group)
     parts = pixels.split(counts)
     return [
         HeldOutQuestion(prompt, expected, part, shapes)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from family_cases import _TEXT, IMAGE, clip_vision, made
 from glm4v_models import glm4v_moe, save
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from qwen3_vl_models import qwen3_vl_moe, save_as_on_the_hub
-from safetensors.torch import load_file
-from test_peft import adapted, bits, close, convert
+from safetensors.torch import load_file, save_file
+from test_peft import TOLERANCE, adapted, bits, broken_config, close, convert, every_name
 from text_cases import deepseek_v2_grouped, glm4_moe
 from torch import Tensor
 from transformers import (
     DeepseekV2ForCausalLM,
     Glm4MoeForCausalLM,
+    Glm4vMoeForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from megavlm.checkpoint.distributed import load
@@ -264,19 +270,147 @@ def test_some_of_an_experts_layers(tmp_path: Path) -> None:
     assert bits(tmp_path / "back") == bits(saved)
 
 
+UP_ALONE = ["q_proj", "experts.up_proj"]
+
+
+def peft_on(model: PreTrainedModel, directory: Path) -> Tensor:
+    """Return the logits that PEFT's own wrappers make of an adapter, every tensor of which must have a place."""
+    with torch.no_grad():
+        both = PeftModel.from_pretrained(model.eval(), directory).eval()
+        held = get_peft_model_state_dict(both)
+        there = load_file(directory / "adapter_model.safetensors")
+        assert held.keys() == there.keys() and all(torch.equal(held[key], there[key]) for key in held)
+        return theirs(both)
+
+
+@pytest.mark.family("glm4v_moe")
+def test_experts_of_glm_beside_its_shared_ones(tmp_path: Path) -> None:
+    """Of GLM-4.5V, whose experts lie apart as published: PEFT's parameters where asked for."""
+    base, hf, peft = (tmp_path / name for name in ("base", "hf", "peft"))
+    convert("hf-to-megatron", "--hf", save(glm4v_moe(), hf), "--out", base)
+    targets = ["q_proj", "experts.gate_proj", "experts.up_proj", "experts.down_proj"]
+    saved = adapted(base, tmp_path / "run", targets, [])
+    convert("megatron-to-hf", "--megatron", saved, "--adapter", "--stacked-experts", "--out", peft)
+    plain = Glm4vMoeForConditionalGeneration.from_pretrained(hf, attn_implementation="eager", dtype=torch.float32)
+    close(peft_on(plain, peft)[:, :VOCAB], logits_of(saved)[0])
+    convert("hf-to-megatron", "--adapter", peft, "--base", base, "--out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(saved)
+
+
 @pytest.mark.family("qwen3_vl_moe")
-def test_experts_in_one_tensor_have_no_adapter_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whole weights go out, and say the same."""
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "up_proj", "down_proj"], UP_ALONE, ["down_proj"]])
+def test_experts_in_one_tensor(targets: list[str], tmp_path: Path) -> None:
+    """Of Qwen3-VL-MoE: PEFT's ``target_parameters``; at one process and two ranks, merged, and the same bits back."""
+    base, hf, peft, back = (tmp_path / name for name in ("base", "hf", "peft", "back"))
+    convert("hf-to-megatron", "--hf", save_as_on_the_hub(qwen3_vl_moe(), hf), "--out", base)
+    saved = adapted(base, tmp_path / "run", targets, [])
+    expected = logits_of(saved)[0]
+    plain = Qwen3VLMoeForConditionalGeneration.from_pretrained(hf, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        assert (expected - theirs(plain)[:, :VOCAB]).abs().max() > 0.01  # the adapters matter
+    convert("megatron-to-hf", "--megatron", saved, "--adapter", "--out", peft)
+    logits = peft_on(plain, peft)
+    close(logits[:, :VOCAB], expected)
+    convert("hf-to-megatron", "--adapter", peft, "--base", base, "--out", back)
+    assert bits(back) == bits(saved)
+    if len(targets) == 4:
+        held_at_two_ranks(back, logits, tmp_path)
+        convert("megatron-to-hf", "--megatron", saved, "--out", tmp_path / "whole")
+        before, after = (load_file(path / "model.safetensors") for path in (hf, tmp_path / "whole"))
+        changed = {name.rpartition("experts.")[2] for name in before if not torch.equal(before[name], after[name])}
+        assert {"gate_up_proj", "down_proj"} < changed
+
+
+def held_at_two_ranks(checkpoint: Path, logits_SV: Tensor, root: Path) -> None:
+    """Hold a checkpoint against PEFT's logits at EP 2 and at TP 2."""
+    save_file({"s0.input_ids": text().ids, "s0.logits": logits_SV.contiguous()}, root / "reference.safetensors")
+    words = ["convert", "verify", "--megatron", checkpoint, "--reference", root / "reference.safetensors"]
+    words += ["--tolerance", TOLERANCE * float(logits_SV.abs().max()), "--set", "training.precision=fp32"]
+    for layout in (["expert_model_parallel_size=2"], ["tensor_model_parallel_size=2", "sequence_parallel=true"]):
+        ranks.megavlm(list(map(str, [*words, *(f"parallel.{key}" for key in layout)])), world=2)
+
+
+@pytest.mark.family("mixtral", "qwen3_moe")
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_that_peft_trained_on_one_tensor(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On Transformers 5's experts: gate and up share an A. They are read as that; and up alone goes out so."""
+    base = base_of(MODELS[name][0](), tmp_path)
+    torch.manual_seed(6)
+    parameters = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    settings = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters, init_lora_weights=False
+    )
+    trained = get_peft_model(made_again(name, tmp_path / "llm"), settings)
+    trained.save_pretrained(tmp_path / "peft")
+    inside = ("base_model.model.model.", "base_model.model.model.language_model.")
+    every_name(tmp_path / "peft", *inside)
+    convert("hf-to-megatron", "--adapter", tmp_path / "peft", "--base", base, "--out", tmp_path / "in")
+    close(logits_of(tmp_path / "in")[0], theirs(trained.eval()).detach())
+
+    # At another rank than the other layers', gate and up cannot be told apart.
+    changes: dict[str, dict[str, float]] = {"rank_pattern": {"gate_up_proj": 8}, "alpha_pattern": {"gate_up_proj": 12}}
+    more = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters, init_lora_weights=False, **changes
+    )
+    get_peft_model(made_again(name, tmp_path / "llm"), more).save_pretrained(tmp_path / "mixed")
+    every_name(tmp_path / "mixed", *inside)
+    words = ["convert", "hf-to-megatron", "--adapter", tmp_path / "mixed", "--base", base, "--out", tmp_path / "no"]
+    assert main(list(map(str, words))) == 2
+    assert "lora_B.weight has rank 8 (rank_pattern) and is not block-diagonal" in capsys.readouterr().err
+
+    saved = adapted(base, tmp_path / "run", UP_ALONE, [])
+    out = ["--megatron", saved, "--adapter", "--stacked-experts", "--family", name, "--out", tmp_path / "up"]
+    convert("megatron-to-hf", *out)
+    close(peft_on(made_again(name, tmp_path / "llm"), tmp_path / "up"), logits_of(saved)[0])
+    every_name(tmp_path / "up", *inside)
+    convert("hf-to-megatron", "--adapter", tmp_path / "up", "--base", base, "--out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(saved)
+
+
+WRONG = {
+    "one parameter too many": (
+        lambda d: broken_config(d, target_parameters=[]),
+        "target_parameters of the configuration names neither",
+    ),
+    "another number of experts": (
+        lambda d: every_tensor(d, lambda key, v: v[:-4] if key.endswith("experts.lora_A.weight") else v),
+        "of 4 experts with adapters of rank 4 it has 16 rows",
+    ),
+    "twice the rank, not twice the alpha": (
+        lambda d: broken_config(d, rank_pattern={"gate_up_proj": 8}),
+        "rank_pattern is {'gate_up_proj': 8}, which is not supported",
+    ),
+    "B is gone": (
+        lambda d: every_tensor(d, lambda key, v: None if key.endswith("experts.lora_B.weight") else v),
+        "experts.lora_B.weight; restore the file",
+    ),
+    "no names": (lambda d: broken_config(d, target_parameters="all"), "target_parameters is 'all'"),
+}
+
+
+def every_tensor(directory: Path, change: Callable[[str, Tensor], Tensor | None]) -> None:
+    path = directory / "adapter_model.safetensors"
+    after = {key: change(key, value) for key, value in load_file(path).items()}
+    save_file({key: value.contiguous() for key, value in after.items() if value is not None}, path)
+
+
+@pytest.mark.family("qwen3_vl_moe")
+def test_other_adapters_of_one_tensor_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     convert("hf-to-megatron", "--hf", save_as_on_the_hub(qwen3_vl_moe(), tmp_path / "hf"), "--out", base)
-    saved = adapted(base, tmp_path / "run", ["gate_proj", "up_proj"], [])
-    words = ["convert", "megatron-to-hf", "--megatron", str(saved), "--out", str(tmp_path / "out")]
-    assert main([*words, "--adapter"]) == 2
-    assert "keeps all experts of a layer in one tensor" in capsys.readouterr().err
-    assert main(words) == 0
-    before, after = (
-        {key: value for file in path.glob("*.safetensors") for key, value in load_file(file).items()}
-        for path in (tmp_path / "hf", tmp_path / "out")
-    )
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed and all(key.endswith("experts.gate_up_proj") for key in changed)
+    saved = adapted(base, tmp_path / "run", ["down_proj"], ["lora.dropout=0.1"])
+    convert("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["lora_dropout"] == 0
+    for number, (spoil, message) in enumerate(WRONG.values()):
+        peft = Path(shutil.copytree(tmp_path / "peft", tmp_path / str(number)))
+        spoil(peft)
+        words = ["convert", "hf-to-megatron", "--adapter", peft, "--base", base, "--out", tmp_path / "out"]
+        assert main(list(map(str, words))) == 2
+        assert message in capsys.readouterr().err
+    saved = adapted(base, tmp_path / "other", ["q_proj"], [])
+    words = ["convert", "megatron-to-hf", "--megatron", saved, "--out", tmp_path / "out", "--stacked-experts"]
+    for more, message in (([], "goes with --adapter"), (["--adapter"], "has no adapters of experts")):
+        assert main([*map(str, words), *more]) == 2
+        assert f"--stacked-experts: {message}" in capsys.readouterr().err.replace(f"{saved} ", "")

@@ -42,6 +42,9 @@ LORA = ["lora.rank=4", "checkpoint.load=unused"]
         ([*EXPERTS, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[attn.c_attn]"], 4),
         ([*EXPERTS, *EP2, *LORA, "lora.targets=[gate_proj]", *FROZEN], 2),  # nothing beside experts is trainable
         ([*EXPERTS, *TP2, *EP2, "logging.panel_interval=10"], 2),
+        ([*EXPERTS, *EP2, "logging.panel_interval=5"], 2),
+        # Of ranks 0 to 5, 2 and 3 share experts, and are of two replicas.
+        ([*EXPERTS, *EP2, CP3, "logging.panel_interval=5"], 6),
         ([*EXPERTS, *EP2, f"{P}context_parallel_size=4", "logging.panel_interval=10"], 4),
         ([*EXPERTS, f"{L}moe_router_topk=1", f"{L}moe_router_pre_softmax=true"], 1),
     ],
@@ -118,9 +121,6 @@ def test_accepted(load, overrides, world_size):
         ([*EXPERTS, f"{P}vision_placement=all_ranks"], 1, f"{P}vision_placement: all_ranks is not proven with experts"),
         ([*EXPERTS, "engine.fp8=hybrid"], 1, "engine.fp8: layers with experts are not proven in FP8"),
         ([*EXPERTS, "engine.cuda_graph_impl=transformer_engine"], 1, "engine.cuda_graph_impl: how many tokens"),
-        ([*EXPERTS, *EP2, "logging.panel_interval=5"], 2, "logging.panel_interval: one replica answers"),
-        # Of ranks 0 to 5, 2 and 3 share experts, and are of two replicas.
-        ([*EXPERTS, *EP2, CP3, "logging.panel_interval=5"], 6, "logging.panel_interval: one replica answers"),
         # Experts in all layers, and no MLP's layers; Mixtral's names are for Llamas.
         ([*EXPERTS, *LORA, "lora.targets=[w1]"], 1, "lora.targets: 'w1' is none of the language model's layers"),
         ([*EXPERTS, *LORA, "lora.targets=[experts.3.up_proj]"], 1, "lora.targets: 'experts.3.up_proj' is none of"),

@@ -12,10 +12,13 @@ FP32, BF16 = 1e-5, 4e-3
 PP2 = {"pipeline_model_parallel_size": 2}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 FULL = {"recompute_granularity": "full"}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 9000}
+"""Small buckets: weights of a step's second half are on their way while its first layers run."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2 pp2 sp": {**PP2, **TP2_SP},
     "pp2 vpp2 dp2": {**PP2, **FULL, "virtual_pipeline_model_parallel_size": 2},
-    "tp2 sp dp2": {**TP2_SP, **FULL, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    "tp2 sp dp2": {**TP2_SP, **FULL, **OVERLAP},
+    "pp2 dp2": {**PP2, **OVERLAP},
 }
 ADAPTERS = {
     "lora": {"rank": 3, "targets": ["in_proj", "x_proj"]},

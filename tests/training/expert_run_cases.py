@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megavlm.parallel.device import prepare_device
 prepare_device()
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
@@ -24,13 +26,17 @@ from megavlm.cli import main  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
+from megavlm.data.decoders import make_decoder  # noqa: E402
 from megavlm.data.device_batch import Batch, context_length, make_batch  # noqa: E402
+from megavlm.data.tokenizer import tokenizer_of  # noqa: E402
 from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.layers.experts import routers_of  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
 from megavlm.parallel import pipeline  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import TrainingModel, build_training  # noqa: E402
+from megavlm.training.heldout import read_held_out  # noqa: E402
+from megavlm.training.panel import answer_held_out, answer_panel  # noqa: E402
 from megavlm.training.step import StepResult, run_batches, train_step  # noqa: E402
 
 EXPERTS = 8
@@ -187,6 +193,27 @@ def losses_of(checkpoint: str, words: list[str]) -> list[float]:
                 float(run_batches(chunks, [batch], num_sources=1, forward_only=True)[0, 0])
                 for batch in batches_of(recipe, 0)
             ]
+
+
+def panel_of(checkpoint: str, words: list[str]) -> tuple[list[list[int]], list[list[int]], str]:
+    """Return what a panel asks of a checkpoint's model, its answers, and a digest of its picture; "" for no picture.
+
+    The first call, of one process, leaves the packs beside the run: the first replica's depend on how many there are.
+    """
+    kept = Path(checkpoint) / "held_out.pickle"
+    path = resolve(Path(checkpoint))
+    recipe = load_recipe(path / "recipe.yaml", words, expand_presets)
+    with process_groups(recipe.parallel, 1):
+        tokenizer = tokenizer_of(recipe)
+        chunks = build_model(recipe, tokenizer.imgpad_id)
+        load_checkpoint(path, modules=[unwrap(chunk) for chunk in chunks])
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(read_held_out(recipe, tokenizer, make_decoder())[0].packs))
+        packs = pickle.loads(kept.read_bytes()) if dist.get_rank() == 0 else None
+        questions, answers = answer_held_out(chunks, packs, recipe, tokenizer)
+        picture = answer_panel(chunks, packs, recipe, tokenizer)
+    digest = "" if picture is None else hashlib.sha256(picture.numpy().tobytes()).hexdigest()
+    return [one.prompt.tolist() for one in questions], answers, digest
 
 
 def upcycled(folder: str) -> dict[str, Any]:

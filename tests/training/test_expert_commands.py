@@ -10,6 +10,7 @@ import pytest
 import ranks
 from benchmark_files import MAKERS
 from run_data import make_run_data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 L = "model.language."
 EXPERTS = [
@@ -24,7 +25,7 @@ EP2 = "parallel.expert_model_parallel_size=2"
 @pytest.mark.long
 def test_a_run_changes_its_layout_and_answers(tmp_path: Path) -> None:
     data, steps = make_run_data(tmp_path), "training.train_steps"
-    every = ["training.validation_interval=2", "checkpoint.save_interval=2"]
+    every = ["training.validation_interval=2", "checkpoint.save_interval=2", "logging.panel_interval=2"]
 
     def figures(run: str, *words: str) -> list[dict[str, float]]:
         done = ranks.megavlm([*data.words(tmp_path / run, *EXPERTS, *every), *words], world=2)
@@ -41,6 +42,24 @@ def test_a_run_changes_its_layout_and_answers(tmp_path: Path) -> None:
         assert found == pytest.approx(known, rel=1e-5), name
     loads = [[line[f"experts/loads/{layer}"] for layer in (1, 2, 3)] for line in whole if "experts/loads/1" in line]
     assert loads == [[line[f"experts/loads/{layer}"] for layer in (1, 2, 3)] for line in parts if "loss" in line]
+
+    for run in ("whole", "parts"):
+        events = EventAccumulator(str(tmp_path / run / "tensorboard"), {"images": 0})
+        events.Reload()
+        assert [event.step for event in events.Images("held_out")] == [2, 4], run
+    more = ["logging.panel_samples=8", "parallel.expert_model_parallel_size=1"]
+    asked, answers, drawn = ranks.run(expert_run_cases.panel_of, str(tmp_path / "parts"), more)[0]
+    assert len(asked) == 8 and len({tuple(answer) for answer in answers}) > 2 and drawn
+    cp2 = "parallel.context_parallel_size=2"  # with EP 4: of the ranks that share experts, some are of one replica
+    for layout, world in (
+        ([EP2], 2),
+        ([EP2, "parallel.pipeline_model_parallel_size=2"], 4),
+        (["parallel.expert_model_parallel_size=4", cp2], 4),
+        ([EP2], 4),
+    ):
+        found = ranks.run(expert_run_cases.panel_of, str(tmp_path / "parts"), [more[0], *layout], world=world)
+        assert all(one[:2] == (asked, answers) for one in found), (layout, found)
+        assert [one[2] for one in found] == [drawn, *[""] * (world - 1)], layout
 
     picture = sorted(path for path in data.images.rglob("*") if path.is_file())[0]
     words = ["generate", str(tmp_path / "parts"), "--prompt", "What is this?", "--max-new-tokens", "4"]

@@ -6,7 +6,9 @@ Keys are ``base_model.model.`` + the module's name in Transformers + ``.lora_A.w
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from megavlm.checkpoint.base import RECORD, holds_adapters, record
 from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf.outgoing import PLANS, choose_family, model_branches
 from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
+from megavlm.checkpoint.hf.peft_experts import apart, is_wrapped, modern, modern_rules, stack, stacks_experts, unstack
 from megavlm.checkpoint.hf.peft_minigpt import lost_beside, read_minigpt
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
 from megavlm.checkpoint.merged import recipe_branches
@@ -34,13 +37,14 @@ from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
-from megavlm.config.lora import EXPERT_LINEARS, known_targets, linear_of
+from megavlm.config.lora import known_targets, linear_of
 from megavlm.config.schema import LoraConfig, ModelConfig
 from megavlm.families.family import Family
 from megavlm.layers.lora import LORA, Adapter
 from megavlm.weights.kinds import what_is
 from megavlm.weights.pickles import load_weights
 
+logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 """PEFT's file of weights before 0.6."""
@@ -71,7 +75,7 @@ class _Layer:
 
 
 def _layers(rules: list[Rule]) -> Iterator[_Layer]:
-    for rule in rules:
+    for rule in itertools.chain.from_iterable(map(apart, rules)):
         name, *more = rule.row.ours
         linear = linear_of(name)
         if linear is not None and name.startswith("language.decoder.") and not more:
@@ -101,10 +105,13 @@ def _namings(model: ModelConfig, checkpoint: Path) -> list[list[Rule]]:
     """
     family = _family(model, checkpoint, None)
     styles = dict.fromkeys([family.modules or next(iter(family.styles)), *family.styles])
-    return [_rules(family, model, style) for style in styles]
+    found = [_rules(family, model, style) for style in styles]
+    return [*found, *map(modern_rules, found)]
 
 
-def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = None, base_name: str = "") -> int:
+def export_adapter(
+    checkpoint: Path, out: Path, *, family_name: str | None = None, base_name: str = "", stacked: bool = False
+) -> int:
     """Write the adapters of a checkpoint as PEFT does.
 
     Args:
@@ -112,6 +119,8 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         out: directory to write; it must not exist, or be empty.
         family_name: family whose names are written; None for the one that the weights came from.
         base_name: directory or name of the base on Hugging Face's side, which PEFT keeps for its users.
+        stacked: those of experts are for one tensor of all experts, as Transformers 5 has it (``target_parameters``);
+            they are anyway, where the family's naming has such a tensor.
 
     Returns:
         The number of tensors.
@@ -139,22 +148,18 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
             f"{checkpoint}: the tied embedding learned beside the adapters; export whole weights, without --adapter"
         )
     tensors: dict[str, Tensor] = {}
-    targets: list[str] = []
     whole: list[str] = []
     taken: set[str] = set()
     with alone():
         slots = find_slots(model, ["language"], lora)
         family = _family(model, checkpoint, family_name)
         rules = _rules(family, model, family.modules or next(iter(family.styles)))
-        layers = list(_layers(rules))
-        _check_experts(checkpoint, layers, model, lora)
-        for layer in layers:
+        for layer in _layers(rules):
             adapter = adapter_of(layer.linear, model.language, lora)
             if adapter is not None:
                 taken |= {f"{layer.ours}.{name}" for name in LORA}
                 a, b = (reader.read(slots[f"{layer.ours}.{name}"]) for name in LORA)
                 for name, low, up in _to_theirs(layer, adapter, a, b):
-                    targets.append(name)
                     tensors[f"{_PREFIX}{name}.lora_A.weight"] = low.clone()
                     tensors[f"{_PREFIX}{name}.lora_B.weight"] = up.clone()
         for key, ours in _WHOLE.items():
@@ -164,13 +169,9 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
                 tensors[_PREFIX + theirs] = reader.read(slots[ours]).clone()
                 whole.append(theirs.removesuffix(".weight").rpartition(".")[2])
         _check_all(checkpoint, reader, slots, taken)
-    config: dict[str, Any] = {
-        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": base_name, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout, "modules_to_save": whole or None, "peft_type": "LORA", "r": lora.rank,
-        "rank_pattern": {}, "target_modules": _pattern(targets), "task_type": "CAUSAL_LM", "use_dora": False,
-        "use_rslora": False,
-    }  # fmt: skip
+    stacks = stacked or stacks_experts(rules)
+    tensors, own = _experts(checkpoint, tensors, lora, asked=stacked) if stacks else (tensors, {})
+    config = {**_config(lora, tensors, whole, base_name), **own}
     for name, value in tensors.items():
         check_finite(value, f"{checkpoint}: {name}")
     with publishing(out, needed_bytes=sum(t.nbytes for t in tensors.values())) as partial:
@@ -197,14 +198,41 @@ def _check_all(checkpoint: Path, reader: CheckpointReader, slots: Mapping[str, S
         )
 
 
-def _check_experts(checkpoint: Path, layers: Sequence[_Layer], model: ModelConfig, lora: LoraConfig) -> None:
-    """Refuse adapters of experts that the family keeps in one tensor of all, where PEFT has another kind of them."""
-    named = {layer.linear for layer in layers}
-    if any(linear not in named and adapter_of(linear, model.language, lora) for linear in EXPERT_LINEARS):
-        raise UserError(
-            f"{checkpoint}: its experts have adapters, and the family keeps all experts of a layer in one tensor, for"
-            " which PEFT's format has no adapter of each; export whole weights, without --adapter"
-        )
+def _experts(
+    checkpoint: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, *, asked: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors with the adapters of experts stacked, and what the configuration says of them."""
+    found = stack({modern(key): value for key, value in tensors.items()})
+    if not found.parameters:
+        if asked:
+            raise UserError(
+                f"--stacked-experts: {checkpoint} has no adapters of experts that Transformers 5 holds in one tensor;"
+                " leave it out"
+            )
+        return found.tensors, {}
+    if lora.dropout:
+        logger.warning(
+            "%s says lora_dropout 0, not the recipe's %g: PEFT takes none beside adapters of experts in one tensor",
+            CONFIG, lora.dropout,
+        )  # fmt: skip
+    own: dict[str, Any] = {"lora_dropout": 0.0, "target_parameters": list(found.parameters)}
+    if found.fused:
+        key = re.escape("experts.gate_up_proj")
+        own |= {"rank_pattern": {key: 2 * lora.rank}, "alpha_pattern": {key: 2 * lora.alpha}}  # type: ignore[operator]
+    return found.tensors, own
+
+
+def _config(lora: LoraConfig, tensors: Mapping[str, Tensor], whole: list[str], base_name: str) -> dict[str, Any]:
+    """Return ``adapter_config.json``, but what is said of experts in one tensor."""
+    ends = [key for key in tensors if key.endswith(".lora_A.weight") and not is_wrapped(key)]
+    targets = [key.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for key in ends]
+    return {
+        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": base_name, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout, "modules_to_save": whole or None, "peft_type": "LORA", "r": lora.rank,
+        "rank_pattern": {}, "target_modules": _pattern(targets) if targets else [], "task_type": "CAUSAL_LM",
+        "use_dora": False, "use_rslora": False,
+    }  # fmt: skip
 
 
 def _to_theirs(layer: _Layer, adapter: Adapter, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -263,7 +291,9 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
         lost = next(lost_beside(where, beside, base, model, _family(model, base, None)), None) if beside else None
         if lost is not None:
             raise UserError(lost)
-        rules, left = _named(where, tensors, _namings(model, base))
+        left = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+        left = unstack(where, settings, left, getattr(model.language, "num_moe_experts", None))
+        rules = _named(where, left, _namings(model, base))
         lora, made = _plan(where, settings, left, model, rules)
         slots = find_slots(model, ["language"], lora)
         pieces = []
@@ -348,15 +378,12 @@ def _finite(where: Path, tensors: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _named(
-    where: Path, tensors: Mapping[str, Tensor], namings: Sequence[list[Rule]]
-) -> tuple[list[Rule], dict[str, Tensor]]:
-    """Return the rules in the naming that an adapter's file has, and its tensors by the modules' names.
+def _named(where: Path, left: Mapping[str, Tensor], namings: Sequence[list[Rule]]) -> list[Rule]:
+    """Return the rules in the naming that an adapter's tensors have, ``left`` by the modules' names.
 
     Raises:
         UserError: it is in none of the namings.
     """
-    left = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
     found = [sum(f"{n}.lora_A.weight" in left for layer in _layers(rules) for n in layer.theirs) for rules in namings]
     if not any(found):
         examples = ", ".join(dict.fromkeys(next(_layers(rules)).theirs[0] for rules in namings))
@@ -364,7 +391,7 @@ def _named(
             f"{where}: its {min(left)} is of no layer of this base's language model, whose layers are called "
             f"{examples}, .."
         )
-    return namings[found.index(max(found))], left
+    return namings[found.index(max(found))]
 
 
 def _plan(

@@ -38,6 +38,10 @@ class Settings:
     alpha: float
     """What is added is multiplied by alpha / rank, whatever PEFT calls alpha."""
     dropout: float
+    parameters: tuple[str, ...] = ()
+    """Parameters that have adapters themselves (experts in one tensor), by ends of their names."""
+    fused: bool = False
+    """Adapters of ``gate_up_proj`` have twice the rank, and twice the alpha: one for gate and one for up."""
 
 
 def read_settings(config: Mapping[str, Any], where: Path) -> Settings:
@@ -67,20 +71,42 @@ def read_settings(config: Mapping[str, Any], where: Path) -> Settings:
         if not allowed(value, config):
             raise UserError(f"{where}: {key} is {_show(value)}, which is not supported; {_remedy(key, value)}")
     scale = math.sqrt(rank) if config.get("use_rslora") else 1.0
-    return Settings(rank, float(alpha) * scale, float(dropout))
+    parameters = tuple(config.get("target_parameters") or ())
+    return Settings(rank, float(alpha) * scale, float(dropout), parameters, bool(_doubled("r", config)))
 
 
 def _begins_plainly(value: Any, _: Mapping[str, Any]) -> bool:
     return value in (True, False, None) or (isinstance(value, str) and value.lower() in _BEGINNINGS)
 
 
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+
+def _doubled(key: str, config: Mapping[str, Any]) -> set[str]:
+    """Return the patterns of ``gate_up_proj`` that say twice of what ``key`` says."""
+    found = config.get(_PATTERNS[key])
+    patterns = found.items() if isinstance(found, Mapping) else ()
+    return {name for name, value in patterns if name.endswith("gate_up_proj") and value == 2 * config.get(key, 8)}
+
+
 def _same(key: str) -> Callable[[Any, Mapping[str, Any]], bool]:
-    """Return the check of a pattern by layer: all that it says must be what ``key`` says."""
+    """Return the check of a pattern by layer: all that it says must be what ``key`` says.
+
+    Or twice that of gate and up in one, where both patterns say so: alpha / rank is the same then.
+    """
 
     def check(value: Any, config: Mapping[str, Any]) -> bool:
-        return value in OFF or (isinstance(value, Mapping) and all(v == config[key] for v in value.values()))
+        if value in OFF or not isinstance(value, Mapping):
+            return value in OFF
+        twice = _doubled("r", config)
+        twice = twice if twice == _doubled("lora_alpha", config) and not config.get("use_rslora") else set()
+        return all(name in twice or v == config.get(key, 8) for name, v in value.items())
 
     return check
+
+
+def _names(value: Any, _: Mapping[str, Any]) -> bool:
+    return value in OFF or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
 _ALLOWED: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
@@ -90,6 +116,7 @@ _ALLOWED: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "eva_config": lambda value, config: value in OFF or config.get("init_lora_weights") == "eva",
     "rank_pattern": _same("r"),
     "alpha_pattern": _same("lora_alpha"),
+    "target_parameters": _names,
 }
 
 
