@@ -13,6 +13,7 @@ from megavlm.inference.turns import in_their_order, read_film, read_image, syste
 
 _LONGEST = 256
 _CODES = (".npy", ".json")
+_DRAWN = (".png", ".jpg", ".jpeg", ".webp")
 INTERMIXED = True
 """Overrides may stand between the options."""
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the prompt does not fit its pictures or the context, or an image or film is broken.
     """
     sampling = sampling_of(args)
+    _check_boxes(args)
     _check_picture(args)
     recipe, checkpoint, tokenizer = model_of(args)
     images = tuple(read_image(path) for path in args.image)
@@ -99,6 +101,16 @@ def run(args: argparse.Namespace) -> int:
             args.boxes.parent.mkdir(parents=True, exist_ok=True)
             picture.save(args.boxes)
     return 0
+
+
+def _check_boxes(args: argparse.Namespace) -> None:
+    """Refuse boxes that could not be drawn once the answer is there."""
+    if args.boxes is None:
+        return
+    if args.boxes.suffix.lower() not in _DRAWN:
+        raise UserError(f"--boxes {args.boxes}: must end with one of {', '.join(_DRAWN)}; name another file")
+    if not args.image:
+        raise UserError("--boxes: boxes are drawn on the first --image, and none is given; add it, or leave this out")
 
 
 def _check_picture(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from hf_makers import digest, equal, load_state
 from ranks import start
 from safetensors.torch import save_file
 
+from megavlm.checkpoint import manifest
 from megavlm.checkpoint.publish import publishing
 from megavlm.cli import main
 from megavlm.parallel import faults
@@ -217,6 +218,22 @@ def test_a_disk_that_keeps_other_bytes_is_found_before_the_output_appears(
     assert main(["convert", *command[direction], "--out", str(tmp_path / "out")]) == 1
     one_line(capsys.readouterr().err, "what was written differs from what the disk holds", "the disk's health")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "m"}
+
+
+def test_a_checkpoint_whose_weights_changed_is_not_exported(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One bit of a weight: no shape or number type tells, but the manifest that a run writes."""
+    (checkpoint / "run.json").write_text("{}")
+    manifest.write_manifest(checkpoint, {})
+    shard = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert convert_out(checkpoint, tmp_path / "out") == 2
+    one_line(capsys.readouterr().err, str(shard), "its contents are not those that were saved", "--no-verify")
+    assert not (tmp_path / "out").exists()
+    assert convert_out(checkpoint, tmp_path / "out", "--no-verify") == 0
 
 
 @pytest.mark.parametrize("direction", ["in", "out"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from benchmark_files import COUNT, MAKERS, QUESTIONS
 
+from megavlm.config.errors import UserError
 from megavlm.evaluation.benchmarks import BENCHMARKS
 from megavlm.evaluation.benchmarks.spec import LETTERS, BenchmarkFiles, Item, render
 
@@ -183,3 +185,14 @@ def test_what_readers_make_of_files(tmp_path: Path) -> None:
     assert (text, item.answers) == ("<img></img> How much is 2? Answer:", ("8", "8.0"))
     _, item = first("ai2d")
     assert (item.id, item.answers, str(item.pictures[0])[-12:]) == ("1.png-0", ("face",), "images/1.png")
+
+
+@pytest.mark.parametrize("side", ["NaN", "Infinity", "1e300", "true", '"3"'])
+def test_a_box_is_of_a_picture(side: str, tmp_path: Path) -> None:
+    """JSON as Python reads it has numbers that are none: they would end the command once all is answered."""
+    source = source_of(MAKERS["refcoco"](tmp_path))
+    lines = source.data.read_text("utf-8").splitlines()
+    lines[1] = re.sub(r'"bbox": \[[^,]*', f'"bbox": [{side}', lines[1])
+    source.data.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(UserError, match="line 2: has no box of four numbers 'bbox'"):
+        read("refcoco", source)

@@ -152,6 +152,10 @@ def test_numbers_count_what_the_model_sees(space: BoxSpace, right: str, wrong: s
     item = Item("1", "it", (tmp_path / "a.png",), box=(50.0, 25.0, 150.0, 75.0), size=(200, 100))
     metric = as_taught(BENCHMARKS["refcoco"], "Where is {thing}?", space).metric
     assert metric([item] * 3, [right, wrong, NOT_ASKED]).each == [1.0, 0.0, 0.0]
+    # A picture that was made smaller, to other proportions too, is seen as its file has it.
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    small = '[{"bbox_2d": [7, 7, 21, 21]}]' if space is PIXELS else "[0.25, 0.25, 0.75, 0.75]"
+    assert metric([item] * 2, [small, right]).each == [1.0, float("<box>" in right)]
     # Records: the size is that of their picture, and the answer in thousandths of it, or in the model's own.
     Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
     for answer in ("<box>(250,250),(750,750)</box>", right):

@@ -115,6 +115,7 @@ def test_a_layout_that_is_named_holds_for_one_process_too(trained: Path, capsys:
         (("--prompt", "a", "--repetition-penalty=inf"), "repetition_penalty: inf must be above 0, and finite"),
         (("--prompt", "a", "--max-new-tokens=0"), "--max-new-tokens must be at least 1"),
         (("--prompt", "a", "--image", "nowhere.png"), "nowhere.png"),
+        (("--prompt", "a", "--boxes=out.txt"), "--boxes out.txt: must end with one of .png, .jpg"),
     ],
 )
 def test_wrong_input_costs_a_line(
@@ -123,6 +124,11 @@ def test_wrong_input_costs_a_line(
     assert main(["generate", str(trained), "--image", str(picture), *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("megavlm: error: ") and reason in error[0]
+
+
+def test_boxes_need_a_picture(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(trained), "--prompt", "a", "--boxes", "out.png"]) == 2
+    assert "--boxes: boxes are drawn on the first --image, and none is given" in capsys.readouterr().err
 
 
 def test_a_broken_picture_is_named(trained: Path, picture: Path, tmp_path: Path, capsys) -> None:

@@ -25,6 +25,7 @@ from megavlm.checkpoint.hf.rule_writing import RuleToWrite, number_type, rule_en
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, FolderedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
+from megavlm.checkpoint.manifest import check_shards
 from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
@@ -115,7 +116,8 @@ def export(
         family_name: family to write; None for the one that the weights came from, or the first that fits.
         dtype: number type to convert to; None keeps each tensor's.
         shard_bytes: largest size of a file.
-        verify: turn each tensor back and compare it, and read all that was written back from the disk.
+        verify: compare the checkpoint's files with its manifest, turn each tensor back and compare it, and read all
+            that was written back from the disk.
         base: where the base of adapters may lie if it has been moved.
         names: naming of the tensors, one of the family's ``styles``; None for the one that the weights came with.
 
@@ -150,6 +152,8 @@ def export(
         first = all(one.dtype.itemsize >= entries[0].dtype.itemsize for one in others) if entries else True
         entries = others + entries if first else entries + others
         result.tensors, result.bytes = len(entries), sum(entry.nbytes for entry in entries)
+        if verify:
+            check_shards(checkpoint)
         with publishing(out, needed_bytes=result.bytes) as partial:
             checked = verify and dtype is None
             # What becomes one file of torch.save is read back as that.

@@ -26,6 +26,8 @@ from megavlm.evaluation.benchmarks.spec import BenchmarkFiles, Item
 
 _PICKLES = (".p", ".pkl", ".pickle")
 """RefCOCO's authors publish refs(unc).p and its like."""
+_FARTHEST = 1e6
+"""Pixels from the corner of a picture, beyond which no box lies."""
 
 
 def read_refcoco(source: BenchmarkFiles) -> list[Item]:
@@ -42,7 +44,10 @@ def read_refcoco(source: BenchmarkFiles) -> list[Item]:
     def make(pair: tuple[int, Any]) -> Iterator[Item]:
         index, entry = pair
         box = entry.get("bbox") if isinstance(entry, dict) else None
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
+        # Neither true nor NaN is a place, and what no picture has would overflow as it is drawn.
+        if not isinstance(box, list) or len(box) != 4 or not all(
+            type(side) in (int, float) and abs(side) < _FARTHEST for side in box
+        ):  # fmt: skip
             raise UserError("has no box of four numbers 'bbox'")
         size = number(entry, "width"), number(entry, "height")
         if min(size) < 1:
