@@ -419,7 +419,7 @@ class CheckpointReader:
 
         What torch pickled of it is the same of all of its shape, and read once: to unpickle it takes a millisecond.
         """
-        archive = torch._C.PyTorchFileReader(view)
+        archive: Any = torch._C.PyTorchFileReader(view)  # whose types lack where records begin
         words = archive.get_record("data.pkl"), archive.get_record("byteorder")
         if words in self._fakes:
             return self._fakes[words], archive.get_record_offset("data/0")
@@ -428,7 +428,7 @@ class CheckpointReader:
             fake = torch.load(view, weights_only=True)
         if not isinstance(fake, Tensor) or not fake.untyped_storage().nbytes():
             return fake, 0
-        begin: int = fake.untyped_storage()._checkpoint_offset
+        begin = cast(int, fake.untyped_storage()._checkpoint_offset)
         if begin == archive.get_record_offset("data/0"):
             self._fakes[words] = fake
         return fake, begin

@@ -16,12 +16,6 @@ from collections.abc import Hashable
 from typing import Any
 
 import yaml
-from yaml.composer import Composer
-from yaml.constructor import SafeConstructor
-from yaml.parser import Parser
-from yaml.reader import Reader
-from yaml.resolver import Resolver
-from yaml.scanner import Scanner
 
 from megavlm.config.errors import UserError
 
@@ -49,15 +43,13 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 )
 
 
-class _Bounded(Composer, SafeConstructor, Resolver):
-    """The safe loader's second half with the rules above: of the events of a parser."""
+class _Loader(yaml.SafeLoader):
+    """The safe loader with the rules above."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
 
-    def __init__(self) -> None:
-        Composer.__init__(self)
-        SafeConstructor.__init__(self)
-        Resolver.__init__(self)
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
         self._sizes: dict[yaml.Node, int] = {}  # of what has an anchor, with its own aliases written out
         self._values = self._depth = 0
 
@@ -104,27 +96,14 @@ class _Bounded(Composer, SafeConstructor, Resolver):
         data.update(self.construct_mapping(node))
 
 
-class _Loader(_Bounded, Reader, Scanner, Parser):
-    """PyYAML's own parser; what it says of bad YAML is what the user is told."""
+class _QuickLoader(_Loader):
+    """The same of what libyaml reads, which takes a fifth of the time."""
 
-    def __init__(self, stream: str) -> None:
-        Reader.__init__(self, stream)
-        Scanner.__init__(self)
-        Parser.__init__(self)
-        _Bounded.__init__(self)
-
-
-def _quick_loader() -> type[Any]:
-    """Return a loader with the events of libyaml, which takes a fifth of the time; PyYAML's where it has not that."""
-    if not yaml.__with_libyaml__:
-        return _Loader
-
-    class Quick(_Bounded, yaml.cyaml.CParser):  # type: ignore[misc]
-        def __init__(self, stream: str) -> None:
-            yaml.cyaml.CParser.__init__(self, stream)
-            _Bounded.__init__(self)
-
-    return Quick
+    def __init__(self, stream: Any) -> None:
+        super().__init__("")
+        events = yaml.CLoader(stream)
+        for name in ("check_event", "peek_event", "get_event"):
+            setattr(self, name, getattr(events, name))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -140,17 +119,16 @@ class _Dumper(yaml.SafeDumper):
 
 
 # Only the types of JSON: no dates, sets or bytes.
-_Bounded.yaml_constructors = {
+_Loader.yaml_constructors = {
     tag: make
     for tag, make in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq")
 }
-_Bounded.add_constructor("tag:yaml.org,2002:map", _Bounded.construct_yaml_map)
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_yaml_map)
 for _tag, _pattern, _first in _RULES:
     _letters = ["" if letter == "\0" else letter for letter in _first]
-    _Bounded.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _letters)
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _letters)
     _Dumper.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _letters)
-_Quick = _quick_loader()
 
 
 def parse(text: str) -> Any:
@@ -173,9 +151,11 @@ def parse(text: str) -> Any:
 
 
 def _load(text: str) -> Any:
-    if text.isascii():  # else libyaml counts columns in bytes, and lets characters pass that PyYAML does not
+    if (
+        yaml.__with_libyaml__ and text.isascii()
+    ):  # else libyaml counts columns in bytes, and lets characters pass that PyYAML does not
         try:
-            return yaml.load(text, Loader=_Quick)
+            return yaml.load(text, Loader=_QuickLoader)
         except (yaml.YAMLError, RecursionError, LookupError):
             pass
     return yaml.load(text, Loader=_Loader)
