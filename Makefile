@@ -77,7 +77,7 @@ test-long: $(DEV) ## what takes half a minute and more: adapters and losses at l
 
 # The base commit: SINCE=COMMIT, or auto (where the branch left origin/main, else the commit before), or all.
 SINCE ?= auto
-test-families: $(DEV) ## the longer tests of those families whose files, or whose parts' files, changed (SINCE=COMMIT|all)
+test-families: $(DEV) ## the longer tests of those families whose files, or whose parts' files, changed, and walks over all parts (SINCE=COMMIT|all)
 	$(BIN)/python -m pytest tests -q -m 'long and family' --changed-since='$(SINCE)' $(PYTEST_ARGS)
 
 families-table: $(DEV) ## megavlm/families/proven.json and docs/families.md anew, after a family was added

@@ -281,6 +281,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+def changed_of(config: pytest.Config, path: Path, parts: Mapping[str, Collection[str]]) -> list[str]:
+    """Return which of the models that one test walks have to be walked: all, unless ``--changed-since`` chose.
+
+    Args:
+        config: pytest's.
+        path: the test's file; where it or a helper of it changed, all are walked.
+        parts: of each model the parts, as those of a family; the test is marked with all of them together.
+    """
+    base = config.getoption("--changed-since")
+    changed = None if base in (None, "all") else changed_since(base)
+    if changed is None:
+        return list(parts)
+    models = {f"model {name}": its for name, its in parts.items()}
+    choice = choose(changed, {**PARTS, **models})  # else what belongs to a family would be the core's
+    return [name for name in parts if f"model {name}" in choice.families or path in choice.files]
+
+
 def families_of(item: pytest.Item) -> set[str]:
     """Return the families that a test is marked with."""
     return {name for mark in item.iter_markers("family") for name in mark.args}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import io
 import warnings
 import zipfile
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_LOCAL_HEADER = 30
+"""Bytes before a file's name in a zip archive."""
+_SMALL_BYTES = 1 << 16
+"""An archive of so few bytes is read at once."""
 _WORDS = 4096
 _MASK = (1 << 64) - 1
 
@@ -59,18 +65,33 @@ def numbers_of(data: memoryview) -> tuple[int, int]:
         ValueError: that is not what is there.
     """
     try:
-        with zipfile.ZipFile(_Window(data)) as archive:
-            (entry,) = (one for one in archive.infolist() if one.filename.endswith("/data/0"))
-            for one in archive.infolist():
-                if one is not entry:
-                    archive.read(one)  # what says of which type and shape the numbers are; it has a CRC
+        with zipfile.ZipFile(io.BytesIO(data) if len(data) < _SMALL_BYTES else _Window(data)) as archive:
+            entries = archive.infolist()
+        (entry,) = (one for one in entries if one.filename.endswith("/data/0"))
+        for one in entries:
+            start = _start_of(data, one)
+            # What says of which type and shape the numbers are has a CRC.
+            if one is not entry and zlib.crc32(data[start : start + one.file_size]) != one.CRC:
+                raise ValueError(f"Bad CRC-32 for file {one.filename}")
+        return _start_of(data, entry), entry.file_size
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise ValueError(f"is not one whole tensor: {error}") from None
+
+
+def _start_of(data: memoryview, entry: zipfile.ZipInfo) -> int:
+    """Return where the bytes of a file in an archive begin; torch compresses none.
+
+    Raises:
+        ValueError: they do not begin as the archive's directory says.
+    """
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError("is compressed")
-    header = bytes(data[entry.header_offset : entry.header_offset + 30])
-    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return entry.header_offset + len(header) + names, entry.file_size
+    name = entry.header_offset + _LOCAL_HEADER
+    header = bytes(data[entry.header_offset : name])
+    named, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    if header[:4] != b"PK\x03\x04" or bytes(data[name : name + named]) != entry.orig_filename.encode():
+        raise ValueError(f"{entry.filename} is not where the directory says")
+    return name + named + extra
 
 
 class _Window:

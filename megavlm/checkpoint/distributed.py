@@ -33,6 +33,7 @@ from megavlm.checkpoint.safe import check_files, check_tensors, read_metadata
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
 from megavlm.config.errors import UserError
+from megavlm.parallel.megatron_versions import open_files_plainly
 from megavlm.weights.pickles import first_line
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def _load_tensors(path: Path, modules: Sequence[Any], state: dict[str, Any]) -> 
     tensors = [entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
     asked = ((part, getattr(one, "allow_shape_mismatch", False)) for one in tensors for part in parts(one))
     _said_by_all(lambda: check_shapes(path, metadata, asked))
+    open_files_plainly()
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except CheckpointingException as error:

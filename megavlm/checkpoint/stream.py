@@ -6,6 +6,7 @@ training run of one process had saved it.
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import os
@@ -52,6 +53,8 @@ from megavlm.checkpoint.safe import behind, read_metadata
 from megavlm.checkpoint.slots import METADATA, Slot
 from megavlm.config.errors import UserError
 
+_SMALL_BYTES = 1 << 16
+"""An archive of so few bytes is read at once; of a larger one no more than what is not numbers."""
 _MANY_CHUNKS, _STACKED = 64, 2
 """From so many chunks on they are found by their place on the axes of layers and experts."""
 CHUNK_BYTES = 128 << 20
@@ -291,6 +294,7 @@ class CheckpointReader:
         stored = self.metadata.state_dict_metadata
         self._entries = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
         self._by_place: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        self._fakes: dict[tuple[bytes, bytes], Tensor] = {}
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return shape, number type and chunks of every tensor, by key."""
@@ -389,15 +393,16 @@ class CheckpointReader:
         if info.transform_descriptors:
             raise UserError("it is compressed, which is not supported")
         file, mapped = self._open(info.relative_path)
-        with _imagined():  # shape, strides, and where in the archive the numbers are
-            view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
-            fake = torch.load(view, weights_only=True)
+        view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
+        if info.length < _SMALL_BYTES:
+            view = io.BytesIO(mapped[info.offset : info.offset + info.length])
+        fake, begin = self._described(view)
         if not isinstance(fake, Tensor) or fake.dtype is not dtype:
             raise UserError(f"it is no tensor of {dtype}, as the index says")
         storage = fake.untyped_storage()
         if not storage.nbytes():
-            return fake.new_empty(fake.shape, device="cpu")
-        start = info.offset + storage._checkpoint_offset
+            return torch.empty(fake.shape, dtype=fake.dtype)
+        start = info.offset + begin
         if hasattr(
             mmap, "MADV_WILLNEED"
         ):  # the disk begins with all of it; page by page it is asked for little at a time
@@ -408,6 +413,25 @@ class CheckpointReader:
             numbers = torch.frombuffer(mapped, dtype=fake.dtype, count=count, offset=start)
         stored = numbers.as_strided(fake.shape, fake.stride(), int(fake.storage_offset()))
         return narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
+
+    def _described(self, view: BinaryIO) -> tuple[Any, int]:
+        """Return a tensor without memory that is as the one in an archive, and where in it that one's numbers begin.
+
+        What torch pickled of it is the same of all of its shape, and read once: to unpickle it takes a millisecond.
+        """
+        archive: Any = torch._C.PyTorchFileReader(view)  # whose types lack where records begin
+        words = archive.get_record("data.pkl"), archive.get_record("byteorder")
+        if words in self._fakes:
+            return self._fakes[words], archive.get_record_offset("data/0")
+        view.seek(0)
+        with _imagined():
+            fake = torch.load(view, weights_only=True)
+        if not isinstance(fake, Tensor) or not fake.untyped_storage().nbytes():
+            return fake, 0
+        begin = cast(int, fake.untyped_storage()._checkpoint_offset)
+        if begin == archive.get_record_offset("data/0"):
+            self._fakes[words] = fake
+        return fake, begin
 
     def _open(self, name: str) -> tuple[Any, mmap.mmap]:
         if name not in self._files:

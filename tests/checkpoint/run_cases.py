@@ -16,6 +16,7 @@ from tiny import IMAGE_TOKEN, TOKENS_PER_IMAGE, random_packs, tiny_recipe
 
 from megavlm.checkpoint.distributed import load as load_checkpoint
 from megavlm.checkpoint.distributed import save_weights
+from megavlm.checkpoint.safe import read_metadata
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
@@ -110,9 +111,14 @@ def four_of(model: ModelConfig, count: int) -> Arrangement | None:
 
 
 def alike(checkpoint: Path, other: Path, vocabulary: int) -> bool:
-    """Whether two checkpoints of one layout hold the same; where their files are the same, these are not read."""
-    names = [".metadata", *(path.name for path in sorted(other.glob("*.distcp")))]
-    if filecmp.cmpfiles(checkpoint, other, names, shallow=False)[0] == names:
+    """Whether two checkpoints of one layout hold the same; where their files are the same, these are not read.
+
+    The index is read: to what it says of places and shapes pickle may refer in another way.
+    """
+    names = [path.name for path in sorted(other.glob("*.distcp"))]
+    index, others = read_metadata(checkpoint), read_metadata(other)
+    said = [(one.state_dict_metadata, one.storage_data, one.planner_data) for one in (index, others)]
+    if said[0] == said[1] and filecmp.cmpfiles(checkpoint, other, names, shallow=False)[0] == names:
         return True
     return tensors(checkpoint, vocabulary) == tensors(other, vocabulary)
 

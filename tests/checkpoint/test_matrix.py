@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from family_choice import changed_of
 from pydantic import TypeAdapter
 from run_cases import alike, tensors
 
+from megavlm.architectures import connectors, decoders, towers
 from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.hf.shapes import alone
 from megavlm.checkpoint.manifest import is_proven
@@ -88,7 +90,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 CUT = ("tp2", "tp4", "tp2", "tp4", "tp2-dp3-sp")
 """Layouts that cut every kind of tensor, which models take in turn; all are loaded at pipelines afterwards."""
 SHORT = 10
-"""So many models ``make test`` has time for, at 8 s each; the others are long."""
+"""So many models ``make test`` has time for, at 8 s each; the others are long, and tried where their parts changed."""
+PARTS = [
+    f"{room.__name__.rpartition('.')[2]}.{name}" for room in (towers, connectors, decoders) for name in room.FOLDERS
+]
+"""All of them, as ``pytest.mark.family`` takes them."""
 
 
 def names(kind: str) -> list[str]:
@@ -260,6 +266,17 @@ def chosen(number: int) -> dict[str, str]:
     }
 
 
+def parts_of(number: int) -> list[str]:
+    """Return the folders of a model's parts."""
+    rooms = {"vision": registry.VISION, "connector": registry.CONNECTORS, "language": registry.LANGUAGE}
+    return [folder_of(rooms[kind].find(name)) for kind, name in chosen(number).items()]
+
+
+def folder_of(preset: Any) -> str:
+    """Return the folder of a preset's architecture, as ``pytest.mark.family`` takes it."""
+    return ".".join(preset.architecture.config.__module__.split(".")[2:4])
+
+
 def test_every_part_is_cut_and_loaded_at_pipelines_and_every_layout_comes() -> None:
     for kind, found in parts().items():
         assert {chosen(number)[kind] for layout in CUT for number in models_at(layout)} == set(found)
@@ -267,6 +284,7 @@ def test_every_part_is_cut_and_loaded_at_pipelines_and_every_layout_comes() -> N
         _, first, second = LAYOUTS[layout]
         assert first["tensor_model_parallel_size"] > 1 and second["pipeline_model_parallel_size"] > 1
     assert all(models_at(layout) for layout in LAYOUTS)
+    assert {part for number in range(model_count()) for part in parts_of(number)} <= set(PARTS)
     assert {"linear", "mlp2x_gelu", "mlp3x_gelu", "resampler"} <= set(parts()["connector"])
     assert len(parts()["vision"]) >= 3 and len(parts()["language"]) >= 3
 
@@ -281,11 +299,12 @@ def test_saved_resumed_spread_and_exported(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.long
+@pytest.mark.family("matrix", parts=PARTS)
 @pytest.mark.parametrize("layout", dict.fromkeys(CUT))
-def test_the_same_of_the_other_models(layout: str, tmp_path: Path) -> None:
-    for number in models_at(layout):
-        if number >= SHORT:
-            check(layout, number, tmp_path / str(number))
+def test_the_same_of_the_other_models(layout: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    others = {str(number): parts_of(number) for number in models_at(layout) if number >= SHORT}
+    for number in map(int, changed_of(request.config, request.path, others)):
+        check(layout, number, tmp_path / str(number))
 
 
 def check(layout: str, number: int, root: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import ranks
 from family_choice import PARTS as ALL_PARTS
-from family_choice import changed_since, choose
+from family_choice import changed_of, changed_since, choose
+from import_graph import TESTS
 
 VIT = {"qwen_vl", "codefuse_vlm", "llava", "clip", "siglip", "qwen_visual"}
 PARTS = {name: ALL_PARTS[name] for name in (*sorted(VIT), "qwen", "llama", "mm_projector")}
@@ -58,6 +59,54 @@ def test_several_files_and_tests_that_changed() -> None:
 def test_a_family_from_elsewhere_has_the_parts_that_its_mark_says() -> None:
     families = {**PARTS, "made_up": ("towers.vit",), "text": ()}
     assert choose(["megavlm/architectures/towers/vit/build.py"], families).families == {*VIT, "made_up"}
+
+
+class Options:
+    """What a test that walks models asks of pytest's configuration."""
+
+    def __init__(self, base: str | None) -> None:
+        self.base = base
+
+    def getoption(self, name: str) -> str | None:
+        assert name == "--changed-since"
+        return self.base
+
+
+@pytest.mark.parametrize(
+    ("path", "models"),
+    [
+        ("megavlm/architectures/connectors/resampler/build.py", "a"),
+        ("megavlm/architectures/towers/sam/build.py", "b"),
+        ("megavlm/architectures/decoders/decoder/build.py", "abc"),  # Mamba imports it
+        ("megavlm/architectures/decoders/mamba/build.py", "c"),
+        ("megavlm/architectures/towers/new_one/__init__.py", "abc"),  # nobody knows it yet
+        ("megavlm/families/llava.py", ""),
+        ("megavlm/evaluation/benchmarks/vqa.py", ""),
+        ("docs/data.md", ""),
+        ("megavlm/layers/attention.py", "abc"),
+        ("megavlm/parallel/pipeline.py", "abc"),
+        ("megavlm/training/step.py", "abc"),
+        ("megavlm/models/vlm.py", "abc"),
+        ("megavlm/checkpoint/saver.py", "abc"),
+        ("megavlm/families/presets.py", "abc"),
+        ("megavlm/architectures/cost.py", "abc"),
+        ("constraints.txt", "abc"),
+        ("tests/conftest.py", "abc"),
+        ("tests/training/placement_cases.py", "abc"),  # a helper of the file that asks
+        ("tests/evaluation/benchmark_worker.py", ""),
+    ],
+)
+def test_models_of_a_change_that_one_test_walks(path: str, models: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {
+        "a": ["towers.vit", "connectors.resampler", "decoders.decoder"],
+        "b": ["towers.sam", "connectors.mlp", "decoders.decoder"],
+        "c": ["towers.packed_vit", "connectors.mlp", "decoders.mamba"],
+    }
+    asks = TESTS / "training" / "test_every_part.py"
+    monkeypatch.setattr("family_choice.changed_since", lambda base: [path] if base == "here" else None)
+    assert "".join(changed_of(Options("here"), asks, parts)) == models  # type: ignore[arg-type]
+    for base in (None, "all", "what git does not know"):
+        assert "".join(changed_of(Options(base), asks, parts)) == "abc"  # type: ignore[arg-type]
 
 
 def git(root: Path, *words: str) -> str:

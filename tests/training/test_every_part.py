@@ -16,6 +16,8 @@ import every_part
 import pytest
 import torch
 from devices import DEVICE, Pretended, WrongDevice, pretended_device
+from family_choice import changed_of
+from test_matrix import PARTS, parts_of
 from test_no_waits import counted_waits
 from tiny import IMAGE_TOKEN
 
@@ -32,6 +34,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a device where there is none"),
 ]
 
+ALWAYS = ("bf16", "adapters", "tower on all ranks", "tiles", "films, M-RoPE", "experts, all")
+"""What is walked after every change; the others where a part or what all import changed, as the tests of families."""
 # Experts take as many tokens as chose them, and the host cuts these apart: Megatron-Core's own, in each such layer.
 EXPERTS_OWN = {
     "tolist in experts.py",  # SequentialMLP
@@ -94,15 +98,23 @@ def check(part_of: Callable[[], every_part.Part], monkeypatch: pytest.MonkeyPatc
     assert not places, places
 
 
-@pytest.mark.parametrize("name", every_part.MAKERS)
+@pytest.mark.parametrize("name", [name for name in every_part.MAKERS if name in ALWAYS])
 def test_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(every_part.MAKERS[name], monkeypatch, tmp_path)
 
 
-def test_everything_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.family("every_part", parts=PARTS)
+@pytest.mark.parametrize("name", [name for name in every_part.MAKERS if name not in ALWAYS])
+def test_more_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(every_part.MAKERS[name], monkeypatch, tmp_path)
+
+
+@pytest.mark.family("every_part", parts=PARTS)
+def test_everything_registered(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """In one test: which models there are is known when they were made."""
     wrong = []
-    for number in range(every_part.registered_count()):
+    models = {str(number): parts_of(number) for number in range(every_part.registered_count())}
+    for number in map(int, changed_of(request.config, request.path, models)):
         try:
             check(functools.partial(every_part.registered, number), monkeypatch, None)
         except (AssertionError, WrongDevice) as error:
