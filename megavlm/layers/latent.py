@@ -102,7 +102,7 @@ class LatentAttention(Attention):
     def __init__(
         self, config: TransformerConfig, submodules: LatentSubmodules, *args: Any, heads: LatentHeads, **kwargs: Any
     ) -> None:
-        super().__init__(config, submodules, *args, attention_type="self", **kwargs)  # type: ignore[arg-type]
+        super().__init__(config, submodules, *args, attention_type="self", **kwargs)
         assert config.num_query_groups == config.num_attention_heads, "each head has keys of its own"
         self.heads, self.unturned = heads, self.hidden_size_per_attention_head - heads.turned
         # Megatron-Core's has asked for these; queries and keys have no norm of their own.

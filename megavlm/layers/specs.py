@@ -120,8 +120,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     ``linears`` replaces linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2; of experts
     experts.linear_fc1, .., of shared ones shared_experts.linear_fc1, .., if they have others than they would have).
     Transformer Engine's layers have the norm in front of them inside; with others, its norm and its attention stand
-    alone (not run on a GPU). With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
-    their gradients, which it knows by the names q_layernorm and k_layernorm.
+    alone (not run on a GPU). With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same
+    weights: Megatron-Core sums their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
     linears = _two_kinds_linears(linears) if kind.visual_expert else linears
     core_attention: Any = TorchAttention

@@ -173,7 +173,7 @@ _LATENT |= {"num_key_value_heads": 4, "first_k_dense_replace": 1}
 
 
 def deepseek_v2() -> Any:
-    """DeepSeek-V2-Lite: queries of the stream; the best two of four experts, whose scores are not made to add up to 1."""
+    """DeepSeek-V2-Lite: queries of the stream; the best two of four experts, whose scores do not add up to 1."""
     own = {"q_lora_rank": None, "n_routed_experts": 4, "routed_scaling_factor": 2.5}
     return made(DeepseekV2ForCausalLM, DeepseekV2Config(**{**_TEXT, **_EXPERTS, **_LATENT, **own}), 1)
 

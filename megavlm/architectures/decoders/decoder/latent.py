@@ -61,8 +61,8 @@ def latent_rules(language: Any, layout: ParallelConfig) -> Iterator[str]:
         yield f"{_OWN}.v_head_dim: {values} is more than {_OWN}.kv_channels ({width}), to which values are filled up"
     if not 0 < language.rotary_channels < width:
         yield (
-            f"{_OWN}.rotary_percent: {language.rotary_percent:g} of {width} channels are {language.rotary_channels}; with"
-            f" {key} some have a position, and some have none: choose a part between"
+            f"{_OWN}.rotary_percent: {language.rotary_percent:g} of {width} channels are {language.rotary_channels};"
+            f" with {key} some have a position, and some have none: choose a part between"
         )
     heads = language.num_attention_heads
     if language.num_query_groups != heads:

@@ -59,8 +59,8 @@ _GLM_MOE: dict[str, Any] = {
 }  # fmt: skip
 
 _DEEPSEEK_V2: dict[str, Any] = {
-    "add_qkv_bias": False, "rotary_interleaved": True, "rotary_percent": 1 / 3, "num_moe_experts": 64, "moe_router_topk": 6,
-    "moe_router_pre_softmax": True, "kv_lora_rank": 512, "v_head_dim": 128,
+    "add_qkv_bias": False, "rotary_interleaved": True, "rotary_percent": 1 / 3, "num_moe_experts": 64,
+    "moe_router_topk": 6, "moe_router_pre_softmax": True, "kv_lora_rank": 512, "v_head_dim": 128,
 }  # fmt: skip
 
 _BY_8: dict[str, Any] = {"rope_scaling": "linear", "rope_scaling_factor": 8.0}
