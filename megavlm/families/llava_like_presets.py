@@ -43,9 +43,11 @@ _MIPHA = {
 }  # fmt: skip
 
 
-# LanguageBind/MoE-LLaVA-{StableLM-1.6B,Phi2-2.7B}-4e, and -384 on SigLIP: four experts in every second layer.
+# LanguageBind/MoE-LLaVA-{StableLM-1.6B,Phi2-2.7B,Qwen-1.8B}-4e, and -384 on SigLIP, which there is none of on Qwen:
+# four experts in every second layer.
 _MOE_LLAVA: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm_1_6b": ("stablelm_2_1_6b", {}), "phi2_2_7b": ("phi_2", {"lm_head_bias": False}),
+    "qwen_1_8b": ("qwen_1_8b", {}),
 }  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def register_llava_like() -> None:
             template="allava",
         )
     for name, (language, own) in _MOE_LLAVA.items():
-        for tower, ending in ((CLIP, ""), (SIGLIP, "_384")):
+        for tower, ending in ((CLIP, ""), (SIGLIP, "_384"))[: 1 if name == "qwen_1_8b" else 2]:
             MODELS.register(
                 f"moe_llava_{name}_4e{ending}",
                 vision=tower,

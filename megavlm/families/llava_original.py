@@ -98,6 +98,8 @@ class LlavaOriginalFamily(Family):
     """Of ``config.json``, that names the projector."""
     projector: ClassVar[str] = "model.mm_projector."
     """What the names of the projector's weights begin with."""
+    text_names: ClassVar[tuple[str, ...]] = ("model.layers.", "model.embed_tokens.")
+    """What those of its language models begin with."""
     may_lack_tower: ClassVar[bool] = True
     """Whether a checkpoint may come without its tower, which then is of :class:`LlavaApartFamily`."""
 
@@ -216,19 +218,24 @@ class LlavaOriginalFamily(Family):
             UserError: the projector that is named has other weights, or is not known.
         """
         where, named = config_file(source), self.mm(source.config).get("mm_projector_type", "linear")
+        begins = self.projector_in(source)
         if not re.fullmatch("linear|mlp[0-9]+x_gelu|identity", str(named)):
-            there = next((name for name in source.tensors if name.startswith(self.projector)), "there are none")
+            there = next((name for name in source.tensors if name.startswith(begins)), "there are none")
             raise UserError(
                 f"{where}: {self.projector_key} is {named!r}; {self.title} has linear and mlpNx_gelu here (the weights "
-                f"under {self.projector}: {there})"
+                f"under {begins}: {there})"
             )
-        connector = projector_branch(source, self.projector)
+        connector = projector_branch(source, begins)
         if named != connector["preset"]:
             raise UserError(
-                f"{where}: {self.projector_key} is {named!r}, but the weights' names under {self.projector} are those "
+                f"{where}: {self.projector_key} is {named!r}, but the weights' names under {begins} are those "
                 f"of {connector['preset']}; correct one"
             )
         return connector
+
+    def projector_in(self, source: Source) -> str:
+        """Return what the names of the projector's weights begin with in a checkpoint."""
+        return self.projector
 
     def connector_table(self, model: ModelConfig) -> Table:
         """Return the table of the projector."""
@@ -319,7 +326,7 @@ class LlavaOriginalFamily(Family):
             return False
         if any(kind in one.model_types for one in self.languages):
             # CodeFuse-VLM has llava_qwen as well, on Qwen v1.
-            return any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in source.tensors)
+            return any(name.startswith(self.text_names) for name in source.tensors)
         if re.fullmatch(self.others, kind):
             known = ", ".join(one.model_types[0] for one in self.languages)
             raise UserError(
@@ -373,7 +380,8 @@ class LlavaOriginalFamily(Family):
                 f"{where}: mm_hidden_size is {mm['mm_hidden_size']!r}, but the features of mm_vision_tower {tower!r} "
                 f"are {width} wide; correct one"
             )
-        for name in (f"{self.projector}0.weight", f"{self.projector}weight"):
+        begins = self.projector_in(source)
+        for name in (f"{begins}0.weight", f"{begins}weight"):
             there = source.shape(name)[-1] if name in source else width
             if there != width:
                 raise UserError(

@@ -8,6 +8,8 @@ order up to a capacity; what is left out gives its share to the other expert. He
 is of training alone (docs/experts.md).
 
 Of SigLIP its code (``siglip_encoder.py`` @ 33afc0d) drops the first patch, as if it were CLIP's class token.
+
+On Qwen v1 (``language_model/llava_qwen_moe.py``) all of it lies under ``transformer``, as Qwen v1's own weights do.
 """
 
 from __future__ import annotations
@@ -16,14 +18,21 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from megavlm.architectures.decoders.decoder.tables import MOE_LLAVA_LANGUAGE, MOE_LLAVA_PHI_LANGUAGE
+from megavlm.architectures.decoders.decoder.tables import (
+    MOE_LLAVA_LANGUAGE,
+    MOE_LLAVA_PHI_LANGUAGE,
+    MOE_LLAVA_QWEN_LANGUAGE,
+    QWEN_LANGUAGE,
+)
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig, ModelConfig
 from megavlm.families.common import expect, need
+from megavlm.families.decoders import qwen_config, qwen_language
 from megavlm.families.experts import other_experts
 from megavlm.families.family import Tree, config_file
 from megavlm.families.llava_like import EPOCH, LikeFamily
 from megavlm.families.llava_original import SystemLanguage
+from megavlm.families.text_kinds import TextKind
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -31,21 +40,53 @@ _MM = {
     "mm_vision_tower": "mm_image_tower", "mm_projector_type": "image_projector_type",
 }  # fmt: skip
 """What LLaVA calls a key, and MoE-LLaVA."""
-_TABLES = {"stablelm": MOE_LLAVA_LANGUAGE, "phi": MOE_LLAVA_PHI_LANGUAGE}
+_TABLES = {"stablelm": MOE_LLAVA_LANGUAGE, "phi": MOE_LLAVA_PHI_LANGUAGE, "qwen": MOE_LLAVA_QWEN_LANGUAGE}
+_TOPS = {"qwen": "transformer."}
+"""What all names but the output layer's begin with, where that is not ``model.``."""
 _TOP = 2
 _MODES = ("sparse", "dense", "first_half", "second_half", "custom")
 
 
+def _grouped(language: LanguageConfig) -> str | None:
+    grouped = language.num_query_groups != language.num_attention_heads
+    if language.rope_scaling is not None or grouped:
+        return "the language model has grouped queries or stretched positions, which Qwen v1 has not"
+    return None
+
+
+_QWEN = TextKind(
+    model_type="qwen",
+    title="Qwen v1",
+    table=QWEN_LANGUAGE,
+    read=qwen_language,
+    write=qwen_config,
+    fixed={"add_qkv_bias": True},
+    narrow=_grouped,
+    layer_names="qwen",
+    in_transformers=False,
+)
+
+
+class _Qwen(SystemLanguage):
+    """Qwen v1, which no other system of LLaVA's layout has."""
+
+    @property
+    def text_kind(self) -> TextKind:
+        """How it is read and written, and its table."""
+        return _QWEN
+
+
 class MoeLlavaFamily(LikeFamily):
-    """On StableLM-2 and Phi-2."""
+    """On StableLM-2, Phi-2 and Qwen-1.8B."""
 
     name = "moe_llava"
-    title = "MoE-LLaVA in its authors' layout (on StableLM-2 and Phi-2)"
+    title = "MoE-LLaVA in its authors' layout (on StableLM-2, Phi-2 and Qwen-1.8B)"
     others = "moe_llava_.*"
     read_as = None
     projector_key = "image_projector_type"
     drops_first = True
     projector: ClassVar[str] = "model.mm_projector.image_spatial_proj."
+    text_names = (*LikeFamily.text_names, "transformer.h.", "transformer.wte.")
     styles: ClassVar = {
         "published": {"tower": "model.image_tower.image_tower.vision_model."},
         "transformers5": {"tower": "model.image_tower.image_tower."},
@@ -55,6 +96,8 @@ class MoeLlavaFamily(LikeFamily):
             "stablelm", ("moe_llava_stablelm",), "MoELLaVAStablelmForCausalLM", ("vicuna_v1_endoftext",), EPOCH
         ),
         SystemLanguage("phi", ("moe_llava_phi",), "MoELLaVAPhiForCausalLM", ("vicuna_v1_endoftext",)),
+        # conversation.py: "qwen" is "phi".
+        _Qwen("qwen", ("moe_llava_qwen",), "MoELLaVAQWenForCausalLM", ("vicuna_v1_endoftext",)),
     )
     flags: ClassVar = {
         "freeze_mm_mlp_adapter": False, "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
@@ -94,7 +137,18 @@ class MoeLlavaFamily(LikeFamily):
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
         kind = self._written(model.language).kind
-        return [*super().tables(dense_model(model), style)[:2], _TABLES[kind]]
+        first = super().tables(dense_model(model), style)[:2]
+        moved = [dataclasses.replace(one, prefix=_under(kind, one.prefix)) for one in first]
+        return [*moved, _TABLES[kind]]
+
+    def projector_in(self, source: Source) -> str:
+        """By the language model."""
+        return _under(self._language_of(source.config).kind, self.projector)
+
+    def style_of(self, source: Source) -> str:
+        """By the tower's names."""
+        kind = self._language_of(source.config).kind
+        return next((s for s in self.styles if _under(kind, self.probe(s)) in source), next(iter(self.styles)))
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return a flat configuration, with what DeepSpeed's layer is made of."""
@@ -128,6 +182,10 @@ class MoeLlavaFamily(LikeFamily):
             return "a token's scores are not a softmax over two experts (moe_router_topk, moe_router_pre_softmax)"
         return super().refuses(dense_model(model))
 
+    def _holds_tower(self, source: Source) -> bool:
+        kind = self._language_of(source.config).kind
+        return any(_under(kind, self.probe(style)) in source for style in self.styles)
+
     def _written(self, language: LanguageConfig) -> SystemLanguage:
         return super()._written(dense(language))
 
@@ -135,6 +193,11 @@ class MoeLlavaFamily(LikeFamily):
         found, where = super()._rest(source), config_file(source)
         found["language"] |= _experts(source.config, found["language"]["num_layers"], where)
         return found
+
+
+def _under(kind: str, name: str) -> str:
+    """Return what a name, or a beginning of one, is where this language model is."""
+    return _TOPS.get(kind, "model.") + name.removeprefix("model.")
 
 
 def _experts(config: Mapping[str, Any], layers: int, where: str) -> Tree:

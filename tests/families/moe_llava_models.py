@@ -4,7 +4,8 @@ The layer is DeepSpeed's ``MoE`` with its gate of two experts (``top2gating`` of
 ``deepspeed/moe/sharded_moe.py`` @ 0c691a52) without what is random or drops tokens: a softmax over all experts in fp32,
 the best two, their scores divided by their sum (at least what fp32 tells from 0 beside 1). It stands
 in the place of the MLP of every second layer, the first among them (``moe_mode`` sparse), of Transformers' StableLM or
-Phi; tower, projector and the rest are LLaVA's (:mod:`llava_like_models`), under the names of PKU-YuanGroup/MoE-LLaVA
+Phi, or of Qwen v1 (``language_model/qwen/modeling_qwen.py`` there; its layers are :mod:`vary_models`'); tower,
+projector and the rest are LLaVA's (:mod:`llava_like_models`), under the names of PKU-YuanGroup/MoE-LLaVA
 ``moellava/model/llava_arch.py`` and ``multimodal_projector/builder.py`` @ 24bcef9d.
 """
 
@@ -14,14 +15,19 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from family_cases import _TEXT
 from llava_like_models import EPOCH, LikeSource, LlavaLike, _clip, _plain, _siglip, phi_text
 from tokenizer_files import write_qwen2
 from torch import Tensor, nn
+from vary_models import QwenBlock, RMSNorm
 
 EXPERTS = 4
+KINDS = ("stablelm", "phi", "siglip", "qwen")
+_CLASSES = {"stablelm": "Stablelm", "phi": "Phi", "qwen": "QWen"}
 
 
 class DeepspeedMoE(nn.Module):
@@ -57,6 +63,62 @@ class DeepspeedMoE(nn.Module):
         return out.view_as(x)
 
 
+class _QwenModel(nn.Module):
+    """``QWenModel``; the two that LLaVA's code asks for have other names."""
+
+    def __init__(self, keys: dict[str, Any]) -> None:
+        super().__init__()
+        embed, heads, inner = (keys[key] for key in ("hidden_size", "num_attention_heads", "intermediate_size"))
+        self.wte = nn.Embedding(keys["vocab_size"], embed)
+        self.h = nn.ModuleList(QwenBlock(embed, heads, inner // 2) for _ in range(keys["num_hidden_layers"]))
+        self.ln_f = RMSNorm(embed)
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        """Return the embedding."""
+        return self.wte
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Return the layers."""
+        return self.h
+
+
+class QwenText(nn.Module):
+    """``QWenLMHeadModel``, for one sample at a time, with the keys of its ``config.json``."""
+
+    def __init__(self, keys: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = _QwenModel(keys)
+        self.lm_head = nn.Linear(keys["hidden_size"], keys["vocab_size"], bias=False)
+        self.config = SimpleNamespace(hidden_size=keys["hidden_size"], to_dict=lambda: dict(keys))
+
+    def forward(self, input_ids: Tensor) -> Any:
+        """Return ``logits`` [1, S, V]."""
+        x = self.model.wte(input_ids[0])
+        for block in self.model.h:
+            x = block(x)
+        return SimpleNamespace(logits=self.lm_head(self.model.ln_f(x))[None])
+
+
+def _qwen(wide: dict[str, Any] | None = None) -> QwenText:
+    text = {**_TEXT, **(wide or {})}
+    keys = {
+        **{key: text[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
+        "intermediate_size": 2 * text["intermediate_size"], "attn_dropout_prob": 0.0, "emb_dropout_prob": 0.0,
+        "bf16": True, "fp16": False, "fp32": False, "initializer_range": 0.02, "kv_channels": 16,
+        "layer_norm_epsilon": 1e-6, "max_position_embeddings": 8192, "no_bias": True, "rotary_emb_base": 10000,
+        "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 8192, "tie_word_embeddings": False,
+        "use_cache": True, "use_dynamic_ntk": True, "use_flash_attn": False, "use_logn_attn": True,
+    }  # fmt: skip
+    one, generator = QwenText(keys), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + noise * 0.1 if parameter.dim() < 2 else noise * parameter[0].numel() ** -0.5)
+    return one
+
+
 class MoeLlava(LlavaLike):
     """With its names of tower and projector; its ``siglip_encoder.py`` @ 33afc0d drops SigLIP's first patch."""
 
@@ -68,8 +130,14 @@ class MoeLlava(LlavaLike):
         """Return what the public checkpoints call a parameter."""
         tower, own = "model.vision_tower.vision_tower.", "model.image_tower.image_tower.vision_model."
         if name.startswith(tower):
-            return own + name.removeprefix(tower).removeprefix("vision_model.")
-        return name.replace("model.mm_projector.", "model.mm_projector.image_spatial_proj.", 1)
+            name = own + name.removeprefix(tower).removeprefix("vision_model.")
+        name = name.replace("model.mm_projector.", "model.mm_projector.image_spatial_proj.", 1)
+        return name.replace("model.", "transformer.", 1) if self.on_qwen and name.startswith("model.") else name
+
+    @property
+    def on_qwen(self) -> bool:
+        """Whether the language model is Qwen v1."""
+        return isinstance(self.text[0], QwenText)
 
     def _config(self) -> dict[str, Any]:
         told = super()._config()
@@ -81,14 +149,17 @@ class MoeLlava(LlavaLike):
 
 
 def moe_llava(kind: str = "stablelm", wide: Any = None) -> MoeLlava:
-    """On StableLM-2 (``siglip``: with that tower), or on Phi-2, whose experts have biases and whose head has none."""
+    """On StableLM-2 (``siglip``: with that tower), on Qwen v1, or on Phi-2, whose experts have biases."""
     siglip, kind = kind == "siglip", "stablelm" if kind == "siglip" else kind
-    text = phi_text(bias=False, **(wide or {})) if kind == "phi" else _plain(kind, wide)
+    if kind == "qwen":
+        text: Any = _qwen(wide)
+    else:
+        text = phi_text(bias=False, **(wide or {})) if kind == "phi" else _plain(kind, wide)
     layers = text.model.layers
     here = list(range(0, len(layers), 2))
     for layer in here:
         layers[layer].mlp = DeepspeedMoE(layers[layer].mlp, text.config.hidden_size, EXPERTS, layer)
-    name = {"stablelm": "MoELLaVAStablelmForCausalLM", "phi": "MoELLaVAPhiForCausalLM"}[kind]
+    name = f"MoELLaVA{_CLASSES[kind]}ForCausalLM"
     moe = {
         "capacity_factor": 1.5, "ep_size": 1, "eval_capacity_factor": 2.0, "min_capacity": 0, "moe_enable": True,
         "moe_layers_idx": here, "moe_mode": "sparse", "num_experts": [EXPERTS] * len(here),
@@ -109,10 +180,10 @@ def _saved(kind: str, directory: Path) -> Path:
 
 
 MOE_LLAVA: dict[str, tuple[str, Callable[[Path], Path]]] = {
-    f"moe_llava_{kind}": ("moe_llava", partial(_saved, kind)) for kind in ("stablelm", "phi", "siglip")
+    f"moe_llava_{kind}": ("moe_llava", partial(_saved, kind)) for kind in KINDS
 }
 """What makes a checkpoint, by name, and its family."""
-SOURCES = {kind: LikeSource("moe_llava", partial(moe_llava, kind)) for kind in ("stablelm", "phi", "siglip")}
+SOURCES = {kind: LikeSource("moe_llava", partial(moe_llava, kind)) for kind in KINDS}
 
 
 def moe_llava_answers(directory: Path) -> Path:

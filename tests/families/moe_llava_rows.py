@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llava_like_models import EPOCH, LlavaLike
-from moe_llava_models import EXPERTS, MOE_LLAVA, SOURCES, DeepspeedMoE
+from moe_llava_models import EXPERTS, MOE_LLAVA, SOURCES, DeepspeedMoE, QwenText
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -27,6 +27,7 @@ from megavlm.families.public_towers import TOWERS
 
 _COUNTS = {
     "moe_llava_stablelm_1_6b_4e": 3_200_124_928, "moe_llava_stablelm_1_6b_4e_384": 3_325_105_216,
+    "moe_llava_qwen_1_8b_4e": 3_364_126_720,
     "moe_llava_phi2_2_7b_4e": 5_609_680_896, "moe_llava_phi2_2_7b_4e_384": 5_734_726_720,
 }  # fmt: skip
 """Parameters in the shape of the public checkpoint; from the definition."""
@@ -50,6 +51,8 @@ def _built(model: ModelConfig) -> tuple[nn.Module, list[nn.Module]]:
     if tree["model_type"] == "moe_llava_phi":
         text: Any = PhiForCausalLM(PhiConfig(**own))
         text.lm_head.bias = None
+    elif tree["model_type"] == "moe_llava_qwen":
+        text = QwenText(own)
     else:
         text = StableLmForCausalLM(StableLmConfig(**own))
     for layer in tree["moe"]["moe_layers_idx"]:
@@ -72,7 +75,7 @@ def moe_llava_rows(header: str, targets: tuple[str, ...], planner: Mapping[str, 
         source=SOURCES["stablelm"],
         uneven=Lack("one mechanism with bunny, whose tower has three heads there"),
         # Phi, whose experts have biases and are not cut: at one process and two stages, test_moe_llava.py.
-        others={"siglip": SOURCES["siglip"]},
+        others={"siglip": SOURCES["siglip"], "qwen": SOURCES["qwen"]},
         answers=Lack("convert check cannot run: Transformers has no class for it; answers: `source`"),
         lora=targets,
         presets={

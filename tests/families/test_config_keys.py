@@ -44,6 +44,8 @@ _SHAPES = (
     "vision_use_head", "original_max_position_embeddings", "text_config/pixel_shuffle_factor",
 )  # fmt: skip
 """What the tensors' shapes, or another key beside, say, and what starts a tower that is not trained anew."""
+_QWEN = ("attn_dropout_prob", "bf16", "emb_dropout_prob", "fp16", "fp32", "use_flash_attn")
+"""Of Qwen v1: of a training, with its number type, and how its attention is computed."""
 _ROUTERS = ("output_router_logits", "router_aux_loss_coef")
 """Of a loss over all layers together, which only a training by Transformers takes (docs/conversion.md)."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -100,23 +102,13 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "llava_onevision1_5": ("text_config/image_token_id", "text_config/video_token_id"),  # the outer ones are asked
     # Dynamic: no effect up to the length that it is trained for.
     "internvl_chat": ("llm_config/rope_scaling/*", "template"),
-    # Of a training, with its number type, and how its attention is computed; where CLIP is loaded from, which the
-    # checkpoint holds.
-    "vary": (
-        "attn_dropout_prob",
-        "bf16",
-        "emb_dropout_prob",
-        "fp16",
-        "fp32",
-        "use_flash_attn",
-        "vision_tower",
-    ),
+    "vary": ("vision_tower",),  # where CLIP is loaded from, which the checkpoint holds
     # What the published file has there was not read; the connector's tensors say it.
     "codefuse_vlm": ("mm_vision_tower", "mm_hidden_size", "visual_config.json/output_dim"),
 }
 """Keys of a family's own, with the reason above them; common ones stand in the tuples above."""
 FILES = ("config.json", "vision_config.json", "visual_config.json")
-COMMON = (*_PRETRAINED, *_TOKENS, *_TRAINING, *_TOKENIZER, *_SHAPES, *_ROUTERS)
+COMMON = (*_PRETRAINED, *_TOKENS, *_TRAINING, *_TOKENIZER, *_SHAPES, *_QWEN, *_ROUTERS)
 _LLAVA: dict[str, Any] = {
     "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", "mm_use_im_start_end": False,
     "mm_vision_select_feature": "patch",

@@ -137,6 +137,23 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
+class QwenMlp(nn.ModuleDict):
+    """``QWenMLP``; w2 is the gate."""
+
+    def __init__(self, embed: int, inner: int) -> None:
+        super().__init__(
+            {
+                "w1": nn.Linear(embed, inner, bias=False), "w2": nn.Linear(embed, inner, bias=False),
+                "c_proj": nn.Linear(inner, embed, bias=False),
+            }
+        )  # fmt: skip
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the same shape."""
+        found: Tensor = self["c_proj"](self["w1"](y) * F.silu(self["w2"](y)))
+        return found
+
+
 class QwenBlock(nn.Module):
     """``QWenBlock``; with LoRA on it, PEFT finds the linears by these names."""
 
@@ -147,12 +164,7 @@ class QwenBlock(nn.Module):
         self.attn = nn.ModuleDict(
             {"c_attn": nn.Linear(embed, 3 * embed), "c_proj": nn.Linear(embed, embed, bias=False)}
         )
-        self.mlp = nn.ModuleDict(
-            {
-                "w1": nn.Linear(embed, inner, bias=False), "w2": nn.Linear(embed, inner, bias=False),
-                "c_proj": nn.Linear(inner, embed, bias=False),
-            }
-        )  # fmt: skip
+        self.mlp = QwenMlp(embed, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [S, E]."""
@@ -163,8 +175,7 @@ class QwenBlock(nn.Module):
         q, k = (t * cos + torch.cat([-t[..., width // 2 :], t[..., : width // 2]], -1) * sin for t in (q, k))
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attn["c_proj"](seen.transpose(0, 1).flatten(1))
-        y = self.ln_2(x)
-        return x + self.mlp["c_proj"](self.mlp["w1"](y) * F.silu(self.mlp["w2"](y)))
+        return x + self.mlp(self.ln_2(x))
 
 
 class VaryModel(nn.Module):

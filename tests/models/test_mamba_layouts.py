@@ -18,7 +18,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2 pp2 sp": {**PP2, **TP2_SP},
     "pp2 vpp2 dp2": {**PP2, **FULL, "virtual_pipeline_model_parallel_size": 2},
     "tp2 sp dp2": {**TP2_SP, **FULL, **OVERLAP},
-    "pp2 dp2": {**PP2, **OVERLAP},
+    # So small that a bucket has weights that no module's call waits for, and nothing else.
+    "pp2 dp2": {**PP2, **OVERLAP, "ddp_bucket_size": 1000},
 }
 ADAPTERS = {
     "lora": {"rank": 3, "targets": ["in_proj", "x_proj"]},

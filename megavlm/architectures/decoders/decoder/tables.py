@@ -347,6 +347,17 @@ MOE_LLAVA_PHI_LANGUAGE = dataclasses.replace(
 )
 """MoE-LLaVA on Phi-2."""
 
+MOE_LLAVA_QWEN_LANGUAGE = dataclasses.replace(
+    QWEN_LANGUAGE,
+    layer=(
+        *QWEN_LANGUAGE.layer,
+        row("mlp.router.weight", "mlp.deepspeed_moe.gate.wg.weight"),
+        row(_FC1, f"{_DEEPSPEED}w2.weight {_DEEPSPEED}w1.weight", CONCAT),
+        row(_FC2, f"{_DEEPSPEED}c_proj.weight"),
+    ),
+)
+"""MoE-LLaVA on Qwen v1."""
+
 QWEN3_VL_MOE_LANGUAGE = _with_experts(
     row("mlp.router.weight", "mlp.gate.weight"),
     row(_FC1, "mlp.experts.gate_up_proj", STACKED_INPUTS_FIRST),  # [experts, in, gate and up]
