@@ -14,8 +14,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megavlm.config.schema import Recipe
-from megavlm.models.build import build_model, unwrap
 from megavlm.layers.z_loss import add_z_loss
+from megavlm.models.build import build_model, unwrap
 from megavlm.models.codes import say_pictures
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.replicas import sum_gradients
