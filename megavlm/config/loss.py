@@ -20,5 +20,6 @@ class LossConfig:
     """What the loss of predicting a picture's token is multiplied by, in models whose pictures are tokens (Chameleon).
     0 predicts none, and takes these tokens out of the softmax. Data must have codes (megavlm prepare --image-codes)."""
     z_loss: float = Field(default=0.0, ge=0, le=1)
-    """Weight of log^2 Z, which is added to the loss of each supervised token in training (Z: the sum of the exponentials
-    of its logits). It keeps logits from drifting; the reported training loss has it, the validation loss has not."""
+    """Weight of log^2 Z, which is added to the loss of each supervised token in training; Z is the sum of the
+    exponentials of its logits. It keeps logits from drifting. The training loss that is reported has it, the validation
+    loss has not."""

@@ -187,8 +187,8 @@ def _name(code: int) -> str:
 def _image_tokens(config: Mapping[str, Any], where: str) -> tuple[tuple[int, int], tuple[int, ...]]:
     """Return the first token of pictures and the one behind the last, and which of them each code is.
 
-    The latter is empty where they follow each other as their codes do. Transformers' ``ChameleonImageVocabularyMapping``
-    goes by the names as well, in any order.
+    The latter is empty where they follow each other as their codes do. Transformers' class
+    (``ChameleonImageVocabularyMapping``) goes by the names as well, in any order.
 
     Raises:
         UserError: they are no run of tokens, or a code has none.

@@ -4,6 +4,7 @@ others."""
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import ranks
 import torch
 import yaml
 from chameleon_models import CODES, FILES, IMAGE, SIDE, ChameleonSource, chameleon
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizer_files import write_qwen2
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
@@ -371,6 +372,29 @@ def test_what_codes_do_not_go_with_is_said_before_training(made: Made, capsys: p
     assert not Path(out).exists()
     with pytest.raises(UserError, match=re.escape("loss.image_tokens: pictures of the tower")):
         check_recipe(load_recipe("llava_1_5_7b/sft", ["loss.image_tokens=1"], expand_presets))
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["equal", "other codes"])
+def test_the_check_compares_tokens(
+    changed: bool, made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    """``megavlm convert check``: tokens of pictures, logits, answers; and a codebook that is another there."""
+    hf = Path(shutil.copytree(made.root / "hf", tmp_path / "hf"))
+    if changed:
+        state = load_file(hf / "model.safetensors")
+        name = "model.vqmodel.quantize.embedding.weight"
+        state[name] = state[name].roll(1, 0)
+        save_file(state, hf / "model.safetensors", metadata={"format": "pt"})
+    words = ["convert", "check", "--hf", str(hf), "--checkpoint", str(made.root / "m"), "--max-new-tokens", "4"]
+    with caplog.at_level(logging.INFO):
+        assert main(words) == int(changed), caplog.text
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "ChameleonForConditionalGeneration, fp32" in text and "3: no picture" in text
+    assert text.count("tokens of pictures equal") == (0 if changed else 2)
+    assert text.count(f"tokens of pictures {PER_PICTURE} differ") == (2 if changed else 0)
+    assert ("differs: tokens of pictures, logits, answers" in text) is changed
+    if not changed:
+        assert text.count("greedy answers: equal") == 3 and "all within the tolerance" in text
 
 
 def test_several_views_of_a_picture_are_refused_by_the_recipe(made: Made) -> None:

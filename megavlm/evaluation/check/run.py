@@ -92,6 +92,8 @@ class CheckRow:
     ids: int | None = None
     """Positions of the prompt whose tokens differ."""
     features: float | None = None
+    codes: int | None = None
+    """Of pictures that are tokens: how many of these differ."""
     logits: float | None = None
     """Largest difference, divided by the largest value where that is above 1."""
     answer: int | None = None
@@ -129,10 +131,6 @@ def check(settings: CheckSettings) -> int:
         path = resolve(checkpoint)
         overrides = [f"training.precision={settings.precision}"]
         recipe, _, tokenizer = load_for_inference(path, overrides)
-        if recipe.model.vision.codes is not None:
-            raise UserError(
-                f"{settings.hf}: its pictures are codes, and check compares features; generate answers with it"
-            )
         films, same = _films(settings, recipe)
         if same:
             recipe, _, tokenizer = load_for_inference(path, [*overrides, *same])
@@ -364,14 +362,29 @@ def _compare(
 ) -> None:
     """Compare features and logits."""
     assert question.logits is not None
+    if question.codes is not None:
+        _compare_codes(row, features_of_sample(unwrap(chunks[0]), sample, recipe), question.codes, recipe)
     if question.features is not None:
         row.features = _difference(features_of_sample(unwrap(chunks[0]), sample, recipe), question.features)
         if row.features > settings.tolerance:
             row.reasons.append("image features")
     logits = forward_sample(chunks, sample, recipe)
+    if (tokens := recipe.model.language.picture_tokens) is not None:
+        # Both take them out of the softmax by the least number, beside which all others would be alike.
+        for one in (logits, question.logits):
+            one[:, slice(*tokens)].clamp_(min=-1.0)
     row.logits = _difference(logits, question.logits[:, : logits.size(1)])
     if row.logits > settings.tolerance:
         row.reasons.append("logits")
+
+
+def _compare_codes(row: CheckRow, ours: Tensor, theirs: Tensor, recipe: Recipe) -> None:
+    """Compare [T, 1] tokens of pictures, counted from the first of these, with [T] tokens."""
+    (first, _), codes = recipe.model.language.picture_tokens or (0, 0), ours.flatten().cpu()
+    same = codes.shape == theirs.shape
+    row.codes = int((codes + first != theirs).sum()) if same else max(len(codes), len(theirs))
+    if row.codes:
+        row.reasons.append("tokens of pictures")
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -435,9 +448,15 @@ def _figures(row: CheckRow) -> str:
     pixels = "not compared" if row.pixels is None else (
         f"{row.pixels[0]:.1f} of 255 levels ({row.pixels[1]:.2%} within one)"
     )  # fmt: skip
-    ids = "not compared" if row.ids is None else "equal" if not row.ids else f"{row.ids} differ"
+    ids = "not compared" if row.ids is None else _count(row.ids)
     features = "none" if row.features is None else f"{row.features:.1e}"
+    if row.codes is not None:
+        return f"pixels {pixels}; token ids {ids}; tokens of pictures {_count(row.codes)}; logits {row.logits:.1e}"
     return f"pixels {pixels}; token ids {ids}; image features {features}; logits {row.logits:.1e}"
+
+
+def _count(differing: int) -> str:
+    return f"{differing} differ" if differing else "equal"
 
 
 def _equal(first: int | None) -> str:

@@ -48,7 +48,9 @@ class CheckQuestion:
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What else the processor tells the model of its pictures, or of its film."""
     features: Tensor | None = None
-    """[N * Q, E]."""
+    """[N * Q, E]; None where pictures are tokens."""
+    codes: Tensor | None = None
+    """[N * Q] int64 tokens of pictures, where they are such."""
     logits: Tensor | None = None
     """[S, V]."""
     answer: list[int] = field(default_factory=list)
@@ -236,8 +238,10 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
                 side = theirs.model.config.vision_config.image_size
                 inputs["pixel_values"], extra[HIGH] = _renderings(inputs["pixel_values"], side)
             inputs |= extra
-            found = encode(pixel_values=inputs["pixel_values"], **extra)
-            question.features = _flat(found)
+            if hasattr(theirs.model, "get_image_tokens"):
+                question.codes = theirs.model.get_image_tokens(inputs["pixel_values"]).flatten().long().cpu()
+            else:
+                question.features = _flat(encode(pixel_values=inputs["pixel_values"], **extra))
         taken = inspect.signature(theirs.model.forward).parameters
         if question.film is None and "mm_token_type_ids" in taken:  # which slots are a picture's
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == theirs.model.config.image_token_id).int()

@@ -93,8 +93,8 @@ def rules(vision: VQGANConfig, layout: ParallelConfig) -> Iterator[str]:
         yield f"{_OWN}.image_std: {list(vision.image_std)} must be above 0, as pixels are divided by it; correct it"
     if vision.code_order and sorted(vision.code_order) != list(range(vision.num_codes)):
         yield (
-            f"{_OWN}.code_order: is not each number from 0 to {vision.num_codes - 1} (num_codes - 1) once; take what the"
-            " conversion wrote, or leave it out"
+            f"{_OWN}.code_order: is not each number from 0 to {vision.num_codes - 1} (num_codes - 1) once; take what"
+            " the conversion wrote, or leave it out"
         )
     levels = len(vision.width_multipliers)
     if levels > 12 or min(vision.width_multipliers) < 1 or max(vision.width_multipliers) > 1000:
