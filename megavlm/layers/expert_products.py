@@ -119,7 +119,8 @@ def weight_gradient(weight: Any, grad: Tensor, inputs: Tensor) -> Tensor | None:
         torch.mm(grad.t(), inputs, out=weight.main_grad)
     else:
         torch.addmm(weight.main_grad, grad.t(), inputs, out=weight.main_grad)
-    return _in_buffer(weight)
+    _say_it_is_there(weight)
+    return None
 
 
 def _nothing(weight: Any) -> Tensor | None:
@@ -128,7 +129,8 @@ def _nothing(weight: Any) -> Tensor | None:
         return torch.zeros_like(weight)
     if is_stale(weight):
         weight.main_grad.zero_()
-    return _in_buffer(weight)
+    _say_it_is_there(weight)
+    return None
 
 
 def has_buffer(weight: Any) -> bool:
@@ -142,7 +144,7 @@ def is_stale(weight: Any) -> bool:
     return getattr(weight, "main_grad_is_stale", False)
 
 
-def _in_buffer(weight: Any) -> None:
+def _say_it_is_there(weight: Any) -> None:
     """Say that the buffer holds a weight's gradient, to Megatron-Core's DistributedDataParallel.
 
     Its hook runs where autograd brings a weight no gradient too. It takes those whose gradient is in the buffer by

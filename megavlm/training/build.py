@@ -21,6 +21,7 @@ from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.replicas import sum_gradients
 from megavlm.training.gradients import leave_to_experts, zero_stale
 from megavlm.training.optimizer import build_optimizer, build_scheduler
+from megavlm.training.shards import keep_places
 from megavlm.training.vision import VisionPhases, taken_off, wrap
 
 
@@ -116,6 +117,7 @@ def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:
         for chunk in [*wrapped, *([] if tower is None else [tower])]:
             chunk.broadcast_params()
         optimizer = build_optimizer(recipe, wrapped, tower)
+    keep_places(optimizer)
     vision = None if tower is None else VisionPhases(tower, first, recipe)
     for chunk in wrapped:
         leave_to_experts(chunk)
