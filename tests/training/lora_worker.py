@@ -79,7 +79,8 @@ def replicas_agree(modules: list[Any]) -> bool:
         digest(parameter)
         for module in modules
         for name, parameter in module.named_parameters()
-        if (name.rpartition(".")[2] in LORA or "norm" in name) and not getattr(parameter, "tensor_model_parallel", False)
+        if (name.rpartition(".")[2] in LORA or "norm" in name)
+        and not getattr(parameter, "tensor_model_parallel", False)
     )
     group = mpu.get_tensor_model_parallel_group()
     found: list[Any] = [None] * group.size()
