@@ -20,11 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -258,8 +254,10 @@ class Experts(SequentialMLP):
             for expert in self.local_experts:
                 expert.linear_fc2.register_forward_hook(self._own_memory)
                 # One rank has it: not summed over tensor-parallel ranks, which have other experts; counted in the norm.
-                expert.linear_fc2.bias.sequence_parallel = False
-                set_tensor_model_parallel_attributes(expert.linear_fc2.bias, True, 0, 1)
+                bias = expert.linear_fc2.bias
+                bias.sequence_parallel = False
+                # By hand: Transformer Engine's layers of 0.19 have the marks already, and others.
+                bias.tensor_model_parallel, bias.partition_dim, bias.partition_stride = True, 0, 1
         linears = [linear for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
         # Not beside adapters, nor with weights in 4 bits: these are the layers' own affair.
         plain = all({name for name, _ in linear.named_parameters()} == {"weight"} for linear in linears)
@@ -309,25 +307,17 @@ class Experts(SequentialMLP):
             config.output_layer_init_method(torch.empty(config.hidden_size, width))
 
 
-def experts_mlp(*, transformer_engine: bool, linears: Mapping[str, Any] | None = None) -> ModuleSpec:
-    """Return the spec of an MLP that is a mixture of experts.
+def experts_mlp(linears: Mapping[str, Any]) -> ModuleSpec:
+    """Return the spec of an MLP that is a mixture of experts, which are computed one after the other.
 
-    Experts are computed one after the other. With Transformer Engine (not run on a GPU) their linear layers are its
-    own, as in Megatron-Core's specs without a grouped product; but where ``linears`` replaces some (of the routed
-    experts experts.linear_fc1, experts.linear_fc2, of the shared ones shared_experts.linear_fc1, ..).
+    ``linears`` replaces linear layers (of the routed experts experts.linear_fc1, experts.linear_fc2, of the shared ones
+    shared_experts.linear_fc1, ..): by Transformer Engine's (not run on a GPU), or such with adapters.
     """
-    if transformer_engine and not linears:
-        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: PLC0415
-
-        spec = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=False)
-        spec.submodules.router = PackRouter
-        return spec
     plain: dict[str, Any] = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
-    given = linears or {}
     routed, shared = (
         # The activation is taken only where the configuration says use_te_activation_func.
         MLPSubmodules(
-            **{name: given.get(f"{kind}.{name}", one) for name, one in plain.items()},
+            **{name: linears.get(f"{kind}.{name}", one) for name, one in plain.items()},
             activation_func=activation_of(swiglu),
         )
         for kind in ("experts", "shared_experts")

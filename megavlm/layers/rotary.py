@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 
 from megavlm.layers.segments import segment_positions
+from megavlm.parallel.megatron_versions import rotary_options
 
 _plain_thd = rope_utils._apply_rotary_pos_emb_thd
 # One kernel where Megatron-Core's functions are compiled, its own operations elsewhere.
@@ -185,7 +186,7 @@ def _apply_thd(t_TND: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **k
     if freqs.size(0) != t_TND.size(0):
         return cast(Tensor, _plain_thd(t_TND, cu_seqlens, freqs, *args, **kwargs))
     kwargs.pop("cp_group", None)
-    return _turned(t_TND.unsqueeze(1), freqs, *args, **kwargs).squeeze(1)
+    return _turned(t_TND.unsqueeze(1), freqs, *args, **rotary_options(kwargs)).squeeze(1)
 
 
 rope_utils._apply_rotary_pos_emb_thd = _apply_thd

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -142,23 +141,15 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     told = {"sliding_window": kind.sliding_window, "rotary_part": kind.rotary_part}
     attention_params |= {name: value for name, value in told.items() if value is not None}
     attention = HeadNormSelfAttention if kind.head_layernorm else CompactSelfAttention
-    if transformer_engine and linears is None and (kind.parallel or kind.behind or kind.latent):
-        chosen = _engine_linears()
-    elif transformer_engine and linears is None:
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=kind.qk_layernorm)
-        layer.submodules.self_attention.module = attention
-        layer.submodules.self_attention.params = attention_params
-        layer.submodules.self_attention.submodules.core_attention = core_attention
-        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = _branch_sum(kind)
-        if kind.deepstack:
-            layer.module = DeepstackLayer
-        if kind.experts:
-            _with_experts(layer, norm, transformer_engine=True)
-        return Modules(core_attention, norm, layer)
+    inside = transformer_engine and linears is None and not (kind.parallel or kind.behind or kind.latent)
+    if transformer_engine and linears is None:
+        chosen = _engine_linears(norms_inside=inside)
+    if transformer_engine and kind.experts and not any("experts." in name for name in chosen):
+        chosen |= _engine_experts()
     layer = ModuleSpec(
         module=_layer_class(kind),
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if kind.behind else norm,
+            input_layernorm=IdentityOp if kind.behind or inside else norm,
             self_attention=ModuleSpec(
                 module=attention,
                 params=attention_params,
@@ -171,7 +162,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
                 ),
             ),
             self_attn_bda=_branch_sum(kind),
-            pre_mlp_layernorm=IdentityOp if kind.parallel or kind.behind else norm,
+            pre_mlp_layernorm=IdentityOp if kind.parallel or kind.behind or inside else norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -191,7 +182,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     _with_features(layer, norm, kind)
     _with_latent(layer, norm, kind, chosen)
     if kind.experts:
-        _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=chosen)
+        _with_experts(layer, IdentityOp if kind.parallel or kind.behind else norm, chosen)
     return Modules(core_attention, norm, layer)
 
 
@@ -327,13 +318,11 @@ def stack_modules(*, decodes: bool, transformer_engine: bool) -> Modules:
     )
 
 
-def _with_experts(
-    layer: ModuleSpec, norm: Any, *, transformer_engine: bool, linears: Mapping[str, Any] | None = None
-) -> None:
+def _with_experts(layer: ModuleSpec, norm: Any, linears: Mapping[str, Any]) -> None:
     """Put experts in the place of a layer's MLP; its norm stands alone then, also with Transformer Engine."""
     parts, kinds = layer.submodules, ("experts.", "shared_experts.")
-    own = {name: one for name, one in (linears or {}).items() if name.startswith(kinds)}
-    parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(transformer_engine=transformer_engine, linears=own)
+    own = {name: one for name, one in linears.items() if name.startswith(kinds)}
+    parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(own)
     names = parts.sharded_state_dict_keys_map
     parts.sharded_state_dict_keys_map = {old: new for old, new in names.items() if old != "pre_mlp_layernorm."}
 
@@ -371,15 +360,28 @@ def _two_kinds_linears(others: Mapping[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def _engine_linears() -> dict[str, Any]:
-    """Return Transformer Engine's linear layers without a norm inside (not run on a GPU)."""
+def _engine_linears(*, norms_inside: bool) -> dict[str, Any]:
+    """Return Transformer Engine's linear layers, with the norm in front inside, or without (these not run on a GPU).
+
+    Not by Megatron-Core's own specs: nothing can be put into those of 0.19, which are functions.
+    """
     from megatron.core.extensions.transformer_engine import (  # noqa: PLC0415
         TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
         TERowParallelLinear,
     )
 
-    kinds = {"linear_qkv": TEColumnParallelLinear, "linear_fc1": TEColumnParallelLinear}
+    column = TELayerNormColumnParallelLinear if norms_inside else TEColumnParallelLinear
+    kinds = {"linear_qkv": column, "linear_fc1": column}
     return kinds | {"linear_proj": TERowParallelLinear, "linear_fc2": TERowParallelLinear}
+
+
+def _engine_experts() -> dict[str, Any]:
+    """Return Transformer Engine's linear layers of experts, one after the other (not run on a GPU)."""
+    plain = _engine_linears(norms_inside=False)
+    return {
+        f"{kind}.{name}": plain[name] for kind in ("experts", "shared_experts") for name in ("linear_fc1", "linear_fc2")
+    }
 
 
 def block_submodules(layers: Sequence[Modules]) -> TransformerBlockSubmodules:

@@ -79,6 +79,15 @@ def _permute_pads() -> bool:
     return "tokens_per_expert" in inspect.signature(moe_utils.permute).parameters
 
 
+def rotary_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what Megatron-Core says of a rotation beside its angles, as 0.16 calls it.
+
+    What 0.16 has as ``multi_latent_attention`` is ``mla_rotary_interleaved`` since 0.19, at the same position.
+    """
+    interleaved = options.pop("mla_rotary_interleaved", None)
+    return options if interleaved is None else {**options, "multi_latent_attention": interleaved}
+
+
 def sum_marked_gradients(modules: list[Any]) -> None:
     """Add up over the tensor-parallel ranks the gradients of parameters that ask for it, as for the pipeline's chunks.
 
