@@ -156,8 +156,7 @@ def export(
             check_shards(checkpoint)
         with publishing(out, needed_bytes=result.bytes) as partial:
             checked = verify and dtype is None
-            # What becomes one file of torch.save is read back as that.
-            early = checked and family.pickle is None and not family.pickles
+            early = checked and family.pickle is None and not family.pickles  # torch.save's is read back as such
             with ReadBack() if early else contextlib.nullcontext() as read_back:
                 writer = FolderedWriter(partial, entries, shard_bytes, read_back)
                 pieces = [RuleToWrite(rule, reader, dtype, checked=early) for rule in rules]
@@ -166,8 +165,8 @@ def export(
                     both = (extra.items(), learnt) if first else (learnt, extra.items())
                     _write_all(writer, itertools.chain(*both), result.bytes)
             result.vanished = sum(piece.vanished for piece in pieces)
-            result.files = write_pickle(partial, family.pickle) if family.pickle is not None else writer.files
-            result.files += write_pieces(partial, family, model)
+            files = write_pickle(partial, family.pickle) if family.pickle is not None else writer.files
+            result.files = files + write_pieces(partial, family, model)
             _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
             _write_meaning(checkpoint, partial, family, model, result, original=original)
             _write_dtype(partial / family.text_folder, entries, record)
