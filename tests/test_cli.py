@@ -134,6 +134,7 @@ def test_help_and_checks_of_every_command_come_before_torch(run_data, tmp_path):
             ("serve", own, "--top-p=2"): "top_p",
             ("serve", own, port): "cannot listen there",
             ("eval", own, f"--data={records}", "--metric=bleu"): "no metric 'bleu'",
+            ("eval", own, f"--data={records}", "--metric="): "no metric ''",
             ("eval", own, f"--data={records}", f"--images={tmp_path}", f"--out={tmp_path}/o"): "absent.jpg",
             ("eval", own, "--benchmark=mmee", f"--data={records}"): "mmee",
             ("eval", own, "--benchmark=mme", "--data=/absent"): "/absent",

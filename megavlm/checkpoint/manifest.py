@@ -133,15 +133,39 @@ def check(checkpoint: Path, share: int = 0, shares: int = 1) -> None:
         UserError: a file is missing, or differs; the message names it.
     """
     files = read_manifest(checkpoint)
+    _check_sizes(checkpoint, files)
     for position, name in enumerate(sorted(files)):
+        path, expected = checkpoint / name, files[name].get("sha256")
+        if expected is not None and position % shares == share and digest(path)["sha256"] != expected:
+            raise UserError(f"{path}: its contents are not those that were saved")
+
+
+def _check_sizes(checkpoint: Path, files: Files) -> None:
+    for name in sorted(files):
         path = checkpoint / name
         if not path.is_file():
             raise UserError(f"{path}: missing")
         if path.stat().st_size != files[name]["bytes"]:
             raise UserError(f"{path}: has {path.stat().st_size} bytes instead of {files[name]['bytes']}")
-        expected = files[name].get("sha256")
-        if expected is not None and position % shares == share and digest(path)["sha256"] != expected:
-            raise UserError(f"{path}: its contents are not those that were saved")
+
+
+def check_for_answers(checkpoint: Path) -> None:
+    """Check that the files that answers are made of have the sizes that were saved, where there is a manifest.
+
+    Contents are not compared: that reads every byte. Nor are the recipe and the tokenizer's files, which a user may
+    correct, or what only training goes on from.
+
+    Raises:
+        UserError: the manifest is broken, or a file is missing or has another size; the message names it.
+    """
+    if not (checkpoint / MANIFEST).is_file():  # converted, and never trained
+        return
+    files = read_manifest(checkpoint)
+    read = {name: entry for name, entry in files.items() if name in NEEDED or name.endswith(".distcp")}
+    try:
+        _check_sizes(checkpoint, read)
+    except UserError as error:
+        raise UserError(f"{error}; the checkpoint is damaged: take another") from None
 
 
 def check_shards(checkpoint: Path) -> None:

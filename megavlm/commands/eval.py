@@ -137,7 +137,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             if isinstance(getattr(args, name), str):
                 raise UserError(f"--{name}: a benchmark's files are not read from an object store; copy them")
         return
-    args.metric = args.metric or "exact"
+    args.metric = "exact" if args.metric is None else args.metric
     for name in ("split", "chat", "predict_only"):
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} is for a benchmark; give --benchmark NAME too")

@@ -14,7 +14,7 @@ The notations, the papers, and what of the authors' own they were held against:
   (issues 782 and 940 of Qwen3-VL's repository); Qwen3-VL, in thousandths (issue 2020); GLM-4.1V (2507.01006).
 - ``<|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>``, thousandths, within brackets of any kind: GLM-4.1V (its README).
 - ``[[086,540,400,760]]``, thousandths in three digits, several with ``;`` between them: CogVLM's grounding models
-  (2311.03079; README of THUDM/CogVLM, "Format of coordination").
+  (2311.03079; README of THUDM/CogVLM, "Format of coordination"); with ``],[`` between them, too.
 - ``<loc0000>`` four times, then the name; top, left, bottom, right in 1024ths: PaliGemma (2407.07726).
 - ``[0.12, 0.3, 0.5, 0.75]``, parts of the sides: LLaVA-1.5 (2310.03744), of the square that the picture is padded to
   (issue 606 of LLaVA's repository).
@@ -41,16 +41,18 @@ _NAME = (
 _TAGGED = re.compile(
     rf"{_NAME}(?:<box>(?P<box>[^<]{{0,4000}})</box>|<\|box_start\|>(?P<start>[^<]{{0,4000}})<\|box_end\|>)"
 )
-_GLM = re.compile(r"<\|begin_of_box\|>(?P<box>[\[\](){}<>\d,.\s]{7,4000})<\|end_of_box\|>")
-_COG = re.compile(r"\[\[\d{3}(?:,\d{3}){3}(?:;\d{3}(?:,\d{3}){3}){0,199}\]\]")
+_GLM = re.compile(r"<\|begin_of_box\|>(?P<box>[\[\](){}<>\d,.\s-]{7,4000})<\|end_of_box\|>")
+_COG_BOX = r"\d{3}(?:,\d{3}){3}"
+_COG = re.compile(rf"\[\[{_COG_BOX}(?:(?:;|\]\s*,\s*\[){_COG_BOX}){{0,199}}\]\]")
 _LOC = re.compile(r"(?P<locs>(?:<loc\d{4}>){4})[ ]?(?P<name>[^<;\n]*)")
 _NOTHING = r"(?:\s|<unk>)*+"
 _HUNDREDTHS_BOX = rf"\{{(?:{_NOTHING}<{_NOTHING}\d{{1,3}}{_NOTHING}>){{4}}{_NOTHING}\}}"
 _HUNDREDTHS = re.compile(
     rf"(?:<p>(?P<name>[^<]{{0,300}})</p>\s*)?(?P<boxes>{_HUNDREDTHS_BOX}(?:\s*<delim>\s*{_HUNDREDTHS_BOX})*)"
 )
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-_PARTS = re.compile(r"\[\s*(?:[01]?\.\d+|[01])(?:\s*,\s*(?:[01]?\.\d+|[01])){3}\s*\]")
+_NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|(?<![\d.])\.\d+)")
+_PART = r"-?(?:[01]?\.\d+|[01])"
+_PARTS = re.compile(rf"\[\s*{_PART}(?:\s*,\s*{_PART}){{3}}\s*\]")
 _JSON_START = re.compile(r"[\[{]")
 
 
@@ -69,7 +71,9 @@ class FoundBox(NamedTuple):
 def find_boxes(
     answer: str, *, pixels_of: tuple[int, int] | None = None, parts_of: Place | None = None
 ) -> list[FoundBox]:
-    """Return the boxes of an answer, in the order in which they stand; none that leaves the picture or has no area.
+    """Return the boxes of an answer, in the order in which they stand; none that has no area in the picture.
+
+    What of a box is beyond the picture's edges is cut off: models miss an edge by a pixel.
 
     Args:
         answer: what the model said.
@@ -80,25 +84,25 @@ def find_boxes(
     found: list[tuple[int, FoundBox]] = []
     for at, name, numbers, (wide, tall) in _raw(answer, pixels_of or (1000, 1000)):
         for left, top, right, bottom in zip(*(iter(numbers),) * 4, strict=False):
-            sides = (left / wide, top / tall, right / wide, bottom / tall)
-            if _inside(sides) and parts_of is not None and (wide, tall) == (1, 1):
+            sides: Place = (left / wide, top / tall, right / wide, bottom / tall)
+            if parts_of is not None and (wide, tall) == (1, 1):
                 sides = _from_plane(sides, parts_of)
-            if _inside(sides):
-                found.append((at, FoundBox(name.strip() or None if name else None, sides)))
+            inside = _cut(sides)
+            if inside is not None:
+                found.append((at, FoundBox(name.strip() or None if name else None, inside)))
     return [box for _, box in sorted(found, key=lambda one: one[0])][:_MOST]
 
 
-def _inside(sides: Place) -> bool:
-    return 0 <= sides[0] < sides[2] <= 1 and 0 <= sides[1] < sides[3] <= 1
+def _cut(sides: Place) -> Place | None:
+    """Return what of a box is in the picture; None where that has no area, or the box is the wrong way round."""
+    x1, y1, x2, y2 = (min(1.0, max(0.0, part)) for part in sides)
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
 def _from_plane(sides: Place, place: Place) -> Place:
-    """Return a box of a plane as one of the picture that lies at ``place`` of it; what is on padding is cut off."""
+    """Return a box of a plane as one of the picture that lies at ``place`` of it."""
     left, top, width, height = place
-    x1, y1, x2, y2 = (min(1.0, max(0.0, part)) for part in (
-        (sides[0] - left) / width, (sides[1] - top) / height, (sides[2] - left) / width, (sides[3] - top) / height
-    ))  # fmt: skip
-    return x1, y1, x2, y2
+    return (sides[0] - left) / width, (sides[1] - top) / height, (sides[2] - left) / width, (sides[3] - top) / height
 
 
 _Raw = tuple[int, str | None, list[float], tuple[float, float]]

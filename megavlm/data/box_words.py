@@ -32,6 +32,8 @@ class BoxNotation:
     """A question about what is in ``{box}``."""
     named: str = "{thing}"
     """The answer to that."""
+    marks: str = r"(?!)"
+    """A regular expression of what would mean a box or a task in a phrase; Qwen-VL's tags are refused everywhere."""
 
     def write(self, sides: Place) -> str:
         """Return a box (left, top, right, bottom, as parts of the picture) in this notation, cut at its edges."""
@@ -68,6 +70,8 @@ MINIGPT_V2_BOXES = BoxNotation(
     # minigpt4/datasets/datasets/coco_caption.py), which the data has too; InvReferCOCODataset in coco_dataset.py.
     asks="[refer] give me the location of {thing}",
     names="[identify] what object is in this location {box}",
+    # A box, its tags, and the six tasks of its prompts (arXiv 2310.09478).
+    marks=r"\{\s*<\s*\d{1,3}\s*>|</?p>|<delim>|\[(?:refer|identify|grounding|detection|caption|vqa)\]",
 )
 COGVLM_BOXES = BoxNotation(
     name="cogvlm",
@@ -78,6 +82,7 @@ COGVLM_BOXES = BoxNotation(
     # README has users take any; how its RefCOCO figures were asked is not published.
     asks="Where is {thing}? answer in [[x0,y0,x1,y1]] format.",
     names="Can you give me a description of the region {box} in image?",
+    marks=r"\[\[\s*\d{3},",
 )
 
 NOTATIONS: Mapping[str, BoxNotation] = {one.name: one for one in (QWEN_VL_BOXES, MINIGPT_V2_BOXES, COGVLM_BOXES)}

@@ -169,21 +169,27 @@ class Family(ABC):
 
     def refusal(self, model: ModelConfig) -> str | None:
         """Return why the family cannot hold any model, or None if it can."""
-        for part, known in self.architectures.items():
-            there = architecture_of(model, part).name
-            if part in self.parts and there not in known:
-                preset = getattr(model, part).preset
-                return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
-        return (
-            self._language_refused(model)
-            or self._levels_refused(model)
-            or self._tower_refused(model)
-            or self._connector_refused(model)
-            or self.refuses(model)
+        return next(iter(self.early_refusals(model)), None) or (
+            self.refuses(model)
             or self._newline_refused(model)
             or self._multiplier_refused(model)
             or self._films_refused(model)
         )
+
+    def early_refusals(self, model: ModelConfig) -> list[str]:
+        """Return all that rules the family out, whatever its own rules are; other architectures alone, if some are."""
+        asked = (self._language_refused, self._levels_refused, self._tower_refused, self._connector_refused)
+        return self.other_architectures(model) or [reason for ask in asked if (reason := ask(model)) is not None]
+
+    def other_architectures(self, model: ModelConfig) -> list[str]:
+        """Return, for each part that is of an architecture which the family has not, so."""
+        reasons = []
+        for part, known in self.architectures.items():
+            there = architecture_of(model, part).name
+            if part in self.parts and there not in known:
+                preset = getattr(model, part).preset
+                reasons.append(f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}")
+        return reasons
 
     def _language_refused(self, model: ModelConfig) -> str | None:
         """Return why the language model's norms or positions are not the family's, or None."""

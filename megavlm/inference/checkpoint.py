@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.base import base_for
+from megavlm.checkpoint.manifest import check_for_answers
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
 from megavlm.config.context import CP
@@ -102,9 +103,11 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]
 
     Raises:
         MissingFileError: there is no such checkpoint.
-        UserError: the recipe does not fit this job, the base of adapters is gone, or there is no tokenizer.
+        UserError: the checkpoint is damaged, the recipe does not fit this job, the base of adapters is gone, or there
+            is no tokenizer.
     """
     path = resolve(checkpoint)
+    check_for_answers(path)
     return with_tokenizer(recipe_at_layout(path, overrides), path), path
 
 

@@ -9,7 +9,7 @@ from megavlm.architectures.cost import Pictures
 from megavlm.config.checks import TEXT_TOKENS
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
-from megavlm.data.image_header import ImageError
+from megavlm.data.image_header import ImageError, check_size
 from megavlm.data.media import ImageLayout, ImagePlan, plan_of
 
 TEXT_PER_IMAGE = 128
@@ -94,6 +94,7 @@ def assume_workload(
     """
     tokens, plan = recipe.data.sequence_length, plan_of(recipe.model)
     try:
+        check_size(*picture)
         typical = plan.plan(*picture)
     except ImageError as error:
         raise RecipeError(f"--picture-size: {error}; give another") from None

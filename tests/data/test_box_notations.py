@@ -28,6 +28,7 @@ WHOLE = (0.1, 0.2, 0.5, 0.75)
         ('{"found": [{"label": "the cat", "bbox_2d": [[100, 200, 500, 750]]}]}', "the cat"),
         ("<loc0205><loc0102><loc0768><loc0512> the cat", "the cat"),
         ("[0.1, 0.2, 0.5, 0.75]", None),
+        ("[.1,.2,.5,.75]", None),
         ("A cat [[100,200,500,750]] sits.", None),
         ("<p>the cat</p> {<10><20><50><75>}", "the cat"),
         ("{<10><20><50><75>}", None),
@@ -45,6 +46,9 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
     assert [(one.name, one.sides[0]) for one in find_boxes(several)] == [("a", 0.0), ("a", 0.5), ("b", 0.001)]
     cog = find_boxes("two cats[[000,010,500,500;500,500,999,999]] and a dog[[001,001,002,002]]")
     assert [one.sides[0] for one in cog] == [0.0, 0.5, 0.001]
+    assert [one.sides[0] for one in find_boxes("[[000,010,500,500],[500,500,999,999], [001,001,002,002]]")] == [
+        0.0, 0.5, 0.001,
+    ]  # fmt: skip
     hundredths = "a photo of <p>a</p> {<0><0><50><50>}<delim>{<50><50><100><100>} and <p>b</p>{<1><1><2><2>}{<1><2><3>}"
     assert [(one.name, one.sides[0]) for one in find_boxes(hundredths)] == [("a", 0.0), ("a", 0.5), ("b", 0.01)]
     answer = '[{"bbox_2d": [64, 96, 320, 360], "label": "cat"}, {"bbox_2d": [0, 0, 640, 480], "label": "dog"'
@@ -57,7 +61,8 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
 @pytest.mark.parametrize(
     "answer",
     [
-        "", "nothing", "<box>(100,200)</box>", "<box>(500,200),(100,750)</box>", "<box>(0,0),(1200,10)</box>",
+        "", "nothing", "<box>(100,200)</box>", "<box>(500,200),(100,750)</box>",
+        "<box>(1000,0),(1200,10)</box>", "<box>(5,-9),(9,0)</box>",
         '{"bbox_2d": [1, 2, 3]}', '{"bbox_2d": ["1", 2, 3, 4]}', '{"bbox_2d": [true, 2, 3, 4]}', "[1, 2, 3, 4]",
         "bbox_2d " + "[" * 300_000, '{"bbox_2d": [1' + "0" * 400 + ", 0, 1, 1]}", '{"bbox_2d": [NaN, 0, 1e999, 1]}',
         "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000,
@@ -68,6 +73,21 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
 )  # fmt: skip
 def test_what_is_no_box_is_left_out(answer: str) -> None:
     assert find_boxes(answer) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "sides"),
+    [
+        ('[{"bbox_2d": [-1, 96, 641, 360]}, {"bbox_2d": [0, 0, 9, 9]}]', (0.0, 0.2, 1.0, 0.75)),
+        ("<box>(100,200),(500,1001)</box>", (0.1, 0.2, 0.5, 1.0)),
+        ("<box>(-2,-1),(1200,750)</box>", (0.0, 0.0, 1.0, 0.75)),
+        ("<|begin_of_box|>[[-1,200,500,750]]<|end_of_box|>", (0.0, 0.2, 0.5, 0.75)),
+        ("[-.01, 0.2, 0.5, 1.02]", (0.0, 0.2, 0.5, 1.0)),
+        ("{<10><20><101><75>}", (0.1, 0.2, 1.0, 0.75)),
+    ],
+)
+def test_a_box_that_leaves_the_picture_is_cut_at_its_edges(answer: str, sides: tuple[float, ...]) -> None:
+    assert find_boxes(answer, pixels_of=(640, 480))[0].sides == pytest.approx(sides)
 
 
 def test_there_is_a_bound() -> None:

@@ -80,8 +80,10 @@ def without_figures(recipe: str, words: tuple[str, ...], root: Path) -> None:
     out = ["convert", "megatron-to-hf", "--megatron", root / "plain", "--out", root / "nowhere"]
     refused = ranks.megavlm(out, check=False)
     assert refused.code == 2 and "no Hugging Face family holds this model whole" in refused.output
-    assert "quilt: the vision preset 'uncounted' is of the architecture uncounted, not patchwork" in refused.output
-    assert "llava: the vision preset 'uncounted' is of the architecture uncounted, not vit" in refused.output
+    for family, known in (("quilt", "patchwork"), ("llava", "vit")):
+        refused = ranks.megavlm([*out, "--family", family], check=False)
+        reason = f"--family {family}: the vision preset 'uncounted' is of the architecture uncounted, not {known}"
+        assert refused.code == 2 and reason in refused.output
 
 
 def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from run_data import RunData
 
 from megavlm.cli import main
 from megavlm.commands.chat import Chat, _lines, _read_line
+from megavlm.config.errors import UserError
 from megavlm.data.box_space import BoxSpace
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.plans_single import PadPlan
@@ -27,7 +30,7 @@ from megavlm.families.llava import LlavaFamily
 from megavlm.families.qwen2_vl import Qwen25VLFamily
 from megavlm.families.qwen3_vl import Qwen3VLFamily
 from megavlm.inference.boxes import draw_boxes
-from megavlm.inference.checkpoint import add_model_arguments, model_of
+from megavlm.inference.checkpoint import add_model_arguments, model_of, recipe_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.session import Asked, Piece, session
 from megavlm.inference.turns import user_turn, without_control_tokens, write_any_text
@@ -139,6 +142,31 @@ def test_a_broken_picture_is_named(trained: Path, picture: Path, tmp_path: Path,
     broken.write_bytes(picture.read_bytes()[: picture.stat().st_size // 2])
     assert main(["generate", str(trained), "--image", str(broken), "--prompt", "a"]) == 2
     assert "cannot be decoded" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_gives_no_answers(
+    trained: Path, run_data: RunData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As training refuses it; a recipe that its user corrected, or a state that only training reads, is no damage."""
+    whole = next((trained / "checkpoints").glob("step-*"))
+    damaged = shutil.copytree(whole, tmp_path / whole.name)
+    (damaged / "recipe.yaml").write_text((damaged / "recipe.yaml").read_text() + "# mine\n")
+    recipe_of(damaged, [])
+    shard = max(damaged.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    size = shard.stat().st_size
+    os.truncate(shard, size - 10)
+    said = f"megavlm: error: {shard}: has {size - 10} bytes instead of {size}; the checkpoint is damaged: take another"
+    for words in (
+        ["generate", str(damaged), "--prompt", "a"],
+        ["chat", str(damaged)],
+        ["serve", str(damaged)],
+        ["eval", str(damaged), "--data", str(run_data.heldout_json), "--out", str(tmp_path / "out")],
+    ):
+        assert main(words) == 2, words
+        assert [line for line in capsys.readouterr().err.splitlines() if "error" in line] == [said]
+    shard.unlink()
+    with pytest.raises(UserError, match=r"distcp: missing; the checkpoint is damaged"):
+        recipe_of(damaged, [])
 
 
 def test_a_long_conversation_loses_its_oldest_exchanges(trained: Path, picture: Path) -> None:

@@ -79,6 +79,7 @@ def test_pictures_show_every_pass(tmp_path: Path) -> None:
         (["--gpu", "custom", "--gpu-memory", "24", "--gpu-tflops", "70"], "custom also needs --gpu-bandwidth GB/S"),
         (["--gpu-memory", "-3"], "--gpu-memory: -3 is not a positive number"),
         (["--gpu-network", "nan"], "--gpu-network: nan is not a positive number"),
+        (["--picture-size", "99999x99999"], "--picture-size: too large: 99999 x 99999 pixels, at most 40000000; give"),
         (["--measured", "no/such.json"], "--measured: no/such.json cannot be read"),
     ],
 )

@@ -116,8 +116,7 @@ def export(
         family_name: family to write; None for the one that the weights came from, or the first that fits.
         dtype: number type to convert to; None keeps each tensor's.
         shard_bytes: largest size of a file.
-        verify: compare the checkpoint's files with its manifest, turn each tensor back and compare it, and read all
-            that was written back from the disk.
+        verify: check the shards by the manifest, turn each tensor back, and read what was written from the disk.
         base: where the base of adapters may lie if it has been moved.
         names: naming of the tensors, one of the family's ``styles``; None for the one that the weights came with.
 
@@ -224,6 +223,10 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
     return branches
 
 
+_NEAREST = 3
+"""Families that a refusal names."""
+
+
 def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *, asked: bool) -> Family:
     """Return the family to write.
 
@@ -240,14 +243,8 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
             return family
         if asked:
             raise UserError(f"--family {name}: {reason}")
-    fitting, reasons = [], []
-    for family in FAMILIES.values():
-        if set(family.parts) == set(parts):
-            reason = family.refusal(model)
-            if reason is None:
-                fitting.append(family)
-            else:
-                reasons.append(f"{family.name}: {reason}")
+    whole = [family for family in FAMILIES.values() if set(family.parts) == set(parts)]
+    fitting = [family for family in whole if family.refusal(model) is None]
     if fitting and name is None:
         return fitting[0]
     if fitting and name is not None:
@@ -256,11 +253,28 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
             f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refusal(model)}); "
             f"another that can is written if you ask for it: {others}"
         )
-    raise UserError(
-        "no Hugging Face family holds this model whole ("
-        + "; ".join(reasons)
-        + "); export its parts with --family "
-        + " or ".join(f.name for f in FAMILIES.values() if len(f.parts) == 1)
+    raise UserError(_none_fits(name, whole, model, parts))
+
+
+def _none_fits(name: str | None, whole: Sequence[Family], model: ModelConfig, parts: Sequence[str]) -> str:
+    """Return why no family holds a model, by those that come nearest, and which hold its parts.
+
+    The one that the weights came as is first. Of the others those are nearest that least rules out: an architecture
+    counts more than anything else, and a rule of the family's own is asked last, when all else fits.
+    """
+
+    def distance(family: Family) -> tuple[bool, int, int]:
+        return family.name != name, len(family.other_architectures(model)), len(family.early_refusals(model))
+
+    nearest = sorted(whole, key=distance)
+    said = [f"{family.name}: {family.refusal(model)}" for family in nearest[:_NEAREST]]
+    others = len(nearest) - len(said)
+    if others > 0:
+        said.append(f"and {others} others, of which --family NAME says why")
+    single = [family for family in FAMILIES.values() if len(family.parts) == 1 and family.parts[0] in parts]
+    able = [family.name for family in single if family.refusal(model) is None]
+    return f"no Hugging Face family holds this model whole ({'; '.join(said) or 'none has ' + ' and '.join(parts)})" + (
+        f"; export its parts with --family {' or '.join(able)}" if able else "; nor one of its parts"
     )
 
 

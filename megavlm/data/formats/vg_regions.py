@@ -12,6 +12,7 @@ or in the words and the notation of another family, which ``--boxes`` names (:mo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -112,7 +113,7 @@ def _picture(
             x, y, w, h = (field(region, key, (int, float)) for key in ("x", "y", "width", "height"))
             usable.append(
                 (
-                    plain(field(region, "phrase"), "the phrase"),
+                    _unmarked(plain(field(region, "phrase"), "the phrase"), notation),
                     to_box(x, y, x + w, y + h, frame.width, frame.height, frame.turn, notation),
                 )
             )
@@ -122,6 +123,19 @@ def _picture(
         # By the picture's number too, so that pictures with few regions bring both kinds.
         find = (number + part) % 2 == 0
         yield _sample(f"{image_id}-{part}", image, usable[start : start + per_sample], find, notation)
+
+
+def _unmarked(phrase: str, notation: BoxNotation) -> str:
+    """Return a phrase.
+
+    Raises:
+        BrokenError: it holds what would mean a box or a task in this notation.
+    """
+    mark = re.search(notation.marks, phrase)
+    if mark:
+        said = f"the phrase contains {mark[0]}, which would be read as markup (--boxes {notation.name})"
+        raise BrokenError("markup in text", said)
+    return phrase
 
 
 def _sample(sample_id: str, image: str, regions: list[tuple[str, str]], find: bool, notation: BoxNotation) -> Record:

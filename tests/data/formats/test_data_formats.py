@@ -233,6 +233,16 @@ def test_visual_genome_regions_become_boxes_in_thousandths(tmp_path: Path) -> No
         records, _ = read(tmp_path / "region_descriptions.json", content, tmp_path, per_sample=1, boxes=boxes)
         for record, (question, answer) in zip(records, (first, second), strict=False):
             assert record[2:] == (shown + question, answer)
+    # A phrase that holds the notation itself is refused in that one alone.
+    marked = {
+        "minigpt_v2": ["a {<1><2><3><4>}", "[refer] x", "<p>x</p>", "a<delim>b"],
+        "cogvlm": ["a [[000,001,002,003]]", "[[001,002,003,004;005,006,007,008]]"],
+    }
+    phrases = [phrase for of in marked.values() for phrase in of] + ["a sign [sic] {1} <3 [[x]]"]
+    content = [{"id": 1, "regions": [region(at, 1, 1, 9, 9, phrase) for at, phrase in enumerate(phrases)]}]
+    for boxes, of in marked.items():
+        _, broken = read(tmp_path / "region_descriptions.json", content, tmp_path, per_sample=1, boxes=boxes)
+        assert broken == [(phrases.index(phrase), "markup in text") for phrase in of]
 
 
 @pytest.mark.parametrize(
