@@ -7,6 +7,7 @@ the projections, filled up with zeros.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -221,6 +222,7 @@ class CostByAttention:
         if latent is None:
             return own
 
+        @functools.wraps(own)
         def chosen(language: Any, *args: Any, **kwargs: Any) -> Any:
             there = latent if getattr(language, "kv_lora_rank", None) is not None else own
             return there(language, *args, **kwargs)
