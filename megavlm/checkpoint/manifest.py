@@ -188,8 +188,8 @@ def check_shards(checkpoint: Path) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != expected:
             raise UserError(
-                f"{path}: its contents are not those that were saved; take another checkpoint, or what can be had of"
-                " this one with --no-verify"
+                f"{path}: its contents are not those that were saved; take another checkpoint, or export what can"
+                " be had of this one with convert megatron-to-hf --no-verify"
             )
 
 

@@ -13,6 +13,7 @@ from megavlm.architectures.adapters import adapter_of
 from megavlm.checkpoint.base import base_of, holds_adapters
 from megavlm.checkpoint.derived import write_derived
 from megavlm.checkpoint.finite import check_finite, narrowed
+from megavlm.checkpoint.manifest import check_shards
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite
@@ -93,6 +94,17 @@ def open_reader(checkpoint: Path, base: Path | None = None) -> CheckpointReader:
     return MergedReader(checkpoint, base) if holds_adapters(checkpoint) else CheckpointReader(checkpoint)
 
 
+def check_contents(reader: CheckpointReader) -> None:
+    """Check that what is read, of adapters their base too, is what was saved, as far as a manifest says so.
+
+    Raises:
+        UserError: a file has other contents; the message names it.
+    """
+    check_shards(reader.path)
+    if isinstance(reader, MergedReader):
+        check_shards(reader.base.path)
+
+
 def merge(checkpoint: Path, out: Path, base: Path | None = None) -> int:
     """Write adapters and their base as one checkpoint of whole weights, for any layout.
 
@@ -112,6 +124,7 @@ def merge(checkpoint: Path, out: Path, base: Path | None = None) -> int:
     if not holds_adapters(checkpoint):
         raise UserError(f"{checkpoint}: has no adapters to merge; its weights are whole")
     reader = MergedReader(checkpoint, base)
+    check_contents(reader)
     pieces = [
         ParameterToWrite(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]
         for slot in find_slots(reader.model).values()

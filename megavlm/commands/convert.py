@@ -114,7 +114,7 @@ def add_outgoing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes (default 5)"
     )
-    parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
+    parser.add_argument("--no-verify", action="store_true", help="compare with no manifest, read nothing back")
     words = "write the adapters alone, in PEFT's format (default: whole weights, with the adapters merged in)"
     parser.add_argument("--adapter", action="store_true", help=words)
     words = "with --adapter: what PEFT's base_model_name_or_path is to say"

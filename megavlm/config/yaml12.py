@@ -131,6 +131,9 @@ for _tag, _pattern, _first in _RULES:
     _Dumper.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _letters)
 
 
+_OTHERWISE = re.compile(r"[\t!?]|[|>][^\n]*#")
+
+
 def parse(text: str) -> Any:
     """Return what ``text`` holds; a float without a fraction (``1e6``) becomes an integer, which every key takes.
 
@@ -151,9 +154,8 @@ def parse(text: str) -> Any:
 
 
 def _load(text: str) -> Any:
-    if (
-        yaml.__with_libyaml__ and text.isascii()
-    ):  # else libyaml counts columns in bytes, and lets characters pass that PyYAML does not
+    # libyaml counts columns in bytes, and takes characters, tabs, question marks and tags otherwise than PyYAML does.
+    if yaml.__with_libyaml__ and text.isascii() and not _OTHERWISE.search(text):
         try:
             return yaml.load(text, Loader=_QuickLoader)
         except (yaml.YAMLError, RecursionError, LookupError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint import assets
-from megavlm.checkpoint.base import RECORD, holds_adapters
+from megavlm.checkpoint.base import base_of, holds_adapters
 from megavlm.checkpoint.derived import DERIVED_FROM
 from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.trained import was_trained
@@ -69,10 +69,11 @@ def without_slot(
     return dataclasses.replace(model, language=dataclasses.replace(model.language, vocab_size=rows))
 
 
-def tower_learnt(checkpoint: Path) -> bool:
+def tower_learnt(checkpoint: Path, base: Path | None = None) -> bool:
     """Whether a training changed the tower: this one, or one whose weights it began with.
 
     Where one of these is no longer there, nobody knows: the tower then counts as changed, so that it is not lost.
+    ``base``: where the base of adapters may lie if it has been moved.
     """
     seen: set[Path] = set()
     here: Path | None = checkpoint
@@ -88,7 +89,10 @@ def tower_learnt(checkpoint: Path) -> bool:
             return False
         before = str(run[DERIVED_FROM]) if DERIVED_FROM in run else (tree.get("checkpoint") or {}).get("load")
         if holds_adapters(here):
-            before = read_json(here / RECORD).get("base")
+            try:
+                before = str(base_of(here, base))
+            except UserError:
+                return True
         if before is None or holds_model(Path(before)):
             return False
         try:
@@ -100,16 +104,17 @@ def tower_learnt(checkpoint: Path) -> bool:
     return False
 
 
-def check_tower_kept(checkpoint: Path, family: Family) -> None:
+def check_tower_kept(checkpoint: Path, family: Family, base: Path | None = None) -> None:
     """Check that a tower that learned is written.
 
     Raises:
         UserError: the family's files only name one.
     """
-    if family.with_tower_trained and tower_learnt(checkpoint):
+    if family.with_tower_trained and tower_learnt(checkpoint, base):
         raise UserError(
-            f"--family {family.name}: the tower learned, and the family's files only name one; take --family "
-            f"{family.with_tower_trained}, which holds it"
+            f"--family {family.name}: the tower learned, or the checkpoints that training began with are not"
+            f" there to tell, and the family's files only name one; take --family {family.with_tower_trained}, which"
+            " holds it"
         )
 
 

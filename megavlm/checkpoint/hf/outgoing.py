@@ -25,8 +25,7 @@ from megavlm.checkpoint.hf.rule_writing import RuleToWrite, number_type, rule_en
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, FolderedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
-from megavlm.checkpoint.manifest import check_shards
-from megavlm.checkpoint.merged import open_reader
+from megavlm.checkpoint.merged import check_contents, open_reader
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.readback import ReadBack
@@ -128,10 +127,10 @@ def export(
     model = make_model(branches, str(checkpoint))
     name = family_name or record.get("family") or record.get("home")
     came = FAMILIES.get(str(name))
-    if family_name is None and came is not None and came.with_tower_trained and tower_learnt(checkpoint):
+    if family_name is None and came is not None and came.with_tower_trained and tower_learnt(checkpoint, base):
         name = came.with_tower_trained  # the tower that is named elsewhere is not this one any more
     family = choose_family(name, model, [part for part in MODULES if part in branches], asked=family_name is not None)
-    check_tower_kept(checkpoint, family)
+    check_tower_kept(checkpoint, family, base)
     original = record.get("family") == family.name
     came_with = record["style"] if original and record.get("style") in family.styles else family.style_for(model)
     style = _checked_style(names or came_with, family, came_with)
@@ -152,7 +151,7 @@ def export(
         entries = others + entries if first else entries + others
         result.tensors, result.bytes = len(entries), sum(entry.nbytes for entry in entries)
         if verify:
-            check_shards(checkpoint)
+            check_contents(reader)
         with publishing(out, needed_bytes=result.bytes) as partial:
             checked = verify and dtype is None
             early = checked and family.pickle is None and not family.pickles  # torch.save's is read back as such

@@ -30,6 +30,7 @@ from megavlm.checkpoint.hf.peft_experts import apart, is_wrapped, modern, modern
 from megavlm.checkpoint.hf.peft_minigpt import lost_beside, read_minigpt
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
 from megavlm.checkpoint.merged import recipe_branches
+from megavlm.checkpoint.optimizer_state import STATE
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, find_slots
@@ -190,7 +191,8 @@ def _check_all(checkpoint: Path, reader: CheckpointReader, slots: Mapping[str, S
     """
     there = reader.tensors()
     left = [name for name, slot in slots.items() if slot.key in there and name not in taken]
-    left += sorted(set(there) - {slot.key for slot in slots.values()})
+    known = {slot.key for slot in slots.values()}
+    left += sorted(key for key in there if key not in known and not key.startswith(STATE))  # nor the optimizer's
     if left:
         raise UserError(
             f"{checkpoint}: {left[0]} learned, for which the family has no place in PEFT's format; export whole "

@@ -70,9 +70,11 @@ def lost_beside(
         family: the base's.
     """
     slots = find_slots(model, [part for part in MODULES if part in family.parts]) if beside else {}
-    rules = [rule for style in family.styles if slots for rule in make_rules(family, model, style, slots)]
+    # Of other families a naming may be that of another tower.
+    styles = [*family.styles] if PROJECTION in family.pickles else [family.style_for(model)]
+    rules = [rule for style in styles if slots for rule in make_rules(family, model, style, slots)]
     named = {name: (rule, i) for rule in rules for i, name in enumerate(rule.row.theirs)}
-    asides = [aside for style in family.styles for aside in family.asides(model, style) if not aside.carried]
+    asides = [aside for style in styles for aside in family.asides(model, style) if not aside.carried]
     reader = CheckpointReader(base)
     for name, value in beside.items():
         known = [one for one in _published(name) if one in named]
