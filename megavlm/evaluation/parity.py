@@ -251,7 +251,13 @@ def _batch(sample: Sample, arrangement: Arrangement, recipe: Recipe, model: Visi
     labels = None if sample.labels is None else [sample.labels]
     grids = [own_grids(recipe.model, sample.layouts)]
     pack = make_pack(
-        [sample.ids], length, labels=labels, positions=model.own_positions, grids=grids, spans=model.two_way_spans
+        [sample.ids],
+        length,
+        labels=labels,
+        pad_token=model.padding_token,
+        positions=model.own_positions,
+        grids=grids,
+        spans=model.two_way_spans,
     )
     return make_batch(pack, sample.pixels if is_first_stage() else None, local_device(), arrangement)
 

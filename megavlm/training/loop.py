@@ -451,10 +451,16 @@ def _check_same_model(path: Path, recipe: Recipe, *, resuming: bool = True) -> f
             if key == "preset" and _same_kind(branch, str(there), value):
                 continue
             raise RecipeError(
-                f"model.{branch}.{key}: {value!r}, but {path} was saved with {there!r}; "
+                f"model.{branch}.{key}: {_shown(value)}, but {path} was saved with {_shown(there)}; "
                 "set it to that, or choose another output_dir or checkpoint.load"
             )
     return _new_newline(path, saved, recipe, resuming=resuming)
+
+
+def _shown(value: object) -> str:
+    """Return a value as messages have it: the first numbers of a long list."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:80]} .. (whole in its recipe.yaml)"
 
 
 def _new_newline(path: Path, saved: dict[str, Any], recipe: Recipe, *, resuming: bool) -> frozenset[str]:

@@ -30,7 +30,7 @@ def keep_places(optimizer: MegatronOptimizer) -> None:
 
 def _places(optimizer: Any) -> list[tuple[Any, Tensor]] | None:
     """Return each shard and the view of its gradient; None where one is not in fp32, or not the weight's own memory."""
-    if any(optimizer.model_float16_groups) or optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+    if optimizer.config.bf16 or optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
         return None
     found = []
     for weights, shards in zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True):

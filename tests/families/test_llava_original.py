@@ -145,7 +145,7 @@ def test_a_tower_that_is_apart_stays_apart_until_it_learns(
     line = refused(capsys, tmp_path / "c", "--hf", whole, "--vision", tmp_path / "hf-tower")
     assert f"--vision {tmp_path / 'hf-tower'}" in line and str(whole) in line and "leave it out" in line
     # A tower that was trained here goes home with the rest, and LLaVA's code is told to take it from there.
-    monkeypatch.setattr(outgoing, "tower_learnt", lambda checkpoint: True)
+    monkeypatch.setattr(outgoing, "tower_learnt", lambda checkpoint, base=None: True)
     trained = convert_out(given, tmp_path / "trained")
     inside = convert_out(
         convert_in(tmp_path / "d", "--hf", edit(whole, unfreeze_mm_vision_tower=False)), tmp_path / "e"

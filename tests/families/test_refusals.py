@@ -21,6 +21,7 @@ OTHER: dict[str, tuple[Any, Any]] = {
     "sliding_window": (64, 32), "sliding_window_pattern": (3, 2), "rope_local_base_freq": (777, 778),
     "query_pre_attn_scalar": (99.0, 98.0), "rotary_sections": ((2, 3, 3), (4, 2, 2)), "rope_scaling": ("linear", None),
     "image_positions": ("shared", "counted"), "num_moe_experts": (8, None),
+    "kv_lora_rank": (1, None),
     "image_tokens": ((4, 8196), (0, 8)),
 }  # fmt: skip
 """Two values, of which one is not the model's; any other key is a switch, and is turned."""
@@ -31,8 +32,17 @@ WITHOUT_PRESET: list[dict[str, Any]] = [
         "preset": None, "connector": {"preset": "q_former"}, "language": {"preset": "llama2_7b"},
         "vision": {"preset": "eva01_clip_g_14_224", "class_feature": True, "key_bias": True},
     },
+    {
+        "preset": "tiny",
+        "language": {
+            "preset": "deepseek_v2", "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96,
+            "num_attention_heads": 4, "moe_shared_expert_intermediate_size": 32,
+            "num_query_groups": 4, "kv_channels": 24, "rotary_percent": 1 / 3, "kv_lora_rank": 16, "v_head_dim": 16,
+            "vocab_size": 512, "max_position_embeddings": 128, "num_moe_experts": 4, "moe_ffn_hidden_size": 32,
+        },
+    },
 ]  # fmt: skip
-"""Models of families that are published in no preset: BLIP-2 on a Llama."""
+"""Models of families that are published in no preset: BLIP-2 on a Llama, DeepSeek-V2 without YaRN."""
 
 
 def models(name: str) -> list[ModelConfig]:

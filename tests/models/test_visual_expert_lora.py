@@ -17,7 +17,7 @@ from expert_reference import CogLanguage
 from levels_cases import fill
 from peft import LoraConfig, get_peft_model
 from saved_tensors import saved_tensors
-from test_visual_expert import BOTH, COG, FP32, VIRTUAL, batch_of, canonical
+from test_visual_expert import BOTH, COG, FP32, OVERLAP, VIRTUAL, batch_of, canonical
 from tiles_cases import picture_samples
 from tiny import IMAGE_TOKEN
 from torch import Tensor
@@ -154,10 +154,10 @@ def test_every_layout_trains_like_one_process(tmp_path: Path) -> None:
     assert all_of["loss"][0] != some_of["loss"][0]
     cut = [
         job(every, BOTH), job(some, BOTH), job(packed, BOTH, WIDE), job(some, {**BOTH, **VIRTUAL}),
-        job(some, {"tensor_model_parallel_size": 2}),
+        job(some, {"tensor_model_parallel_size": 2}), job(some, OVERLAP),
         job(some, BOTH, steps=[0], saved=str(tmp_path / "saved")),
     ]  # fmt: skip
-    expected = [all_of, some_of, quantised, some_of, some_of]
+    expected = [all_of, some_of, quantised, some_of, some_of, some_of]
     saved = ""
     for rank in ranks.run("levels_cases:train", cut, world=4):
         for got, wanted in zip(rank, expected, strict=False):

@@ -345,7 +345,7 @@ def test_adapters_are_counted_as_they_are_built(quantize: str | None, shape: str
     assert saved == (0 if quantize is None else pytest.approx(full - packed, rel=0.002))
 
 
-@pytest.mark.parametrize("model", [EXPERTS, SHARED])
+@pytest.mark.parametrize("model", [EXPERTS, SHARED, LATENT])
 def test_adapters_of_experts_cost_what_a_token_goes_through(model: dict[str, Any]) -> None:
     """Of experts, those that it is sent to and the shared ones; of a layer that has none, its MLP's."""
     from megavlm.models.build import build_model, unwrap

@@ -477,7 +477,10 @@ def products(language: DecoderConfig, tp: int) -> tuple[tuple[str, int, int], ..
     heads = language.num_attention_heads * language.kv_channels
     groups = language.num_query_groups * language.kv_channels
     latents = ("kv_lora_rank", "q_lora_rank") if language.latent_attention else ()
+    values = language.num_attention_heads * (language.v_head_dim or 0)
+    free = language.num_attention_heads * (language.kv_channels - language.rotary_channels)
     return (
+        *(((f"{_OWN}.v_head_dim", one, tp) for one in (values, free + values)) if latents else ()),
         *((f"{_OWN}.{name}", getattr(language, name), 1) for name in latents if getattr(language, name) is not None),
         (f"{_OWN}.hidden_size", language.hidden_size, 1),
         (f"{_OWN}.ffn_hidden_size", language.ffn_hidden_size, tp),

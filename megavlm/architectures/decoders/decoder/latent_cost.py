@@ -145,6 +145,11 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
     return read, added
 
 
+def adapter_products(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[int]:
+    """Return those of ``adapter_parameters`` that a token is multiplied by: all."""
+    return adapter_parameters(language, lora, tensor)
+
+
 def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
     """Return the bytes that one language layer keeps without recomputation."""
     b, tp = kernels.number_bytes, shards.tensor
@@ -152,7 +157,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     queries, values = _queries(language) // tp, _values(language) // tp
     kept = plain.layer_kept(language, shards, tokens, kernels, learns=learns)
     # There queries, keys and values stay in what was projected, beside the turned ones; here all three are made anew.
-    if shards.context == 1:
+    if shards.context == 1 or kernels.fused:
         kept -= 2 * tokens * queries * b
     if learns:
         kept += tokens * (values - queries) * (1 if kernels.fp8 else b)  # the input of the projection behind attention
@@ -180,6 +185,8 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
     own = [target.linear for target in _own(language, lora)]
     if "self_attention.linear_proj" in own:
         kept += tokens * (_values(language) - _queries(language)) // tp * each
+        if kernels.fused and not lora.dropout:  # the result of attention, which that is cut out of
+            kept += tokens * _queries(language) // tp * b
     for linear in own:
         if linear in LATENT_LINEARS:
             kept += local * _sizes(language)[linear][0] * each + tokens * lora.rank * b
@@ -233,7 +240,7 @@ class CostByAttention:
 _OWN = {
     one.__name__: one
     for one in (
-        layer_parameters, norm_weights, linear_parameters, adapter_parameters, adapter_widths, layer_kept,
-        attention_kept, adapters_kept, layer_work, layer_passage,
+        layer_parameters, norm_weights, linear_parameters, adapter_parameters, adapter_products, adapter_widths,
+        layer_kept, attention_kept, adapters_kept, layer_work, layer_passage,
     )
 }  # fmt: skip
