@@ -136,6 +136,7 @@ def model(recipe: Recipe, *, engine: bool) -> Any:
 FACTS = (
     "num_layers", "kv_channels", "attention_mask", "sliding_window", "sliding_window_pattern", "qk_layernorm",
     "cross_attention_layers", "visual_expert", "use_parallel_residual", "pre_layernorms",
+    "kv_lora_rank",
 )  # fmt: skip
 
 
